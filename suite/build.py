@@ -1,0 +1,283 @@
+"""From a config to its parts: data, network, module, trainer. Raises ConfigError before anything is written."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
+from suite.callbacks import (
+    NonFiniteGuard,
+    NormStatistics,
+    PrimaryTracker,
+    ProgressLines,
+    SuiteProgressBar,
+    Throughput,
+)
+from suite.checkpoint import init_from
+from suite.config import Config, to_dict
+from suite.data import SuiteDataModule, Splits
+from suite.errors import ConfigError
+from suite.metrics import JsonlLogger
+from suite.module import SuiteModule
+from suite.norms import NormFactory, foreign_norms, make_norm, norm_modules
+from suite.registry import TaskSpec, load_task
+from suite.train import say
+
+QUIET = (
+    r".*sync_dist=True.*",
+    r".*does not have many workers.*",
+    r".*smaller than the logging interval.*",
+    r".*dataloader is not resumable.*",
+    r".*Checkpoint directory .* exists and is not empty.*",
+    r".*Total length of .* across ranks is zero.*",
+    r".*treespec.*",
+    r".*LeafSpec.*",
+    r".*lr_scheduler.step\(\).*",
+    r".*is in eval mode.*",
+    r".*GPU available but not used.*",
+    r".*isinstance\(treespec.*",
+)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    config: Config
+    spec: TaskSpec
+    factory: NormFactory
+    module: SuiteModule
+    data: SuiteDataModule
+    notes: list[str]
+
+
+def quiet() -> None:
+    """Keep Lightning's advice on things that this suite has decided out of the output."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for pattern in QUIET:
+        warnings.filterwarnings("ignore", message=pattern)
+
+
+def build_norm(config: Config) -> NormFactory:
+    """The factory of the config's norm."""
+    try:
+        return make_norm(config.norm_name, config.norm)
+    except ValueError as error:
+        raise ConfigError(f"norm={config.norm_name}: {error}") from error
+
+
+def build_data(config: Config, spec: TaskSpec) -> Splits:
+    """The splits that data= names."""
+    splits: Splits = spec.data[config.data_name].build(config.data, seed=config.seed)
+    return splits
+
+
+def build_model(config: Config, spec: TaskSpec, factory: NormFactory, splits: Splits) -> nn.Module:
+    """The seeded network, audited: every norm is the chosen one or on the task's keep list.
+
+    The same seed with another norm gives the same non-norm parameters, since norms draw no numbers.
+    """
+    L.seed_everything(config.seed, verbose=False)
+    try:
+        model: nn.Module = spec.models[config.model_name].build(
+            config.model, norm=factory, data=splits.info
+        )
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"model={config.model_name} with norm={config.norm_name}: {error}") from error
+    leftover = foreign_norms(model, factory, keep_sites=spec.keep_sites)
+    if leftover:
+        listed = ", ".join(f"{path} ({kind})" for path, kind in leftover[:5])
+        raise ConfigError(
+            f"norm={config.norm_name}: {len(leftover)} norms of model={config.model_name} are not it: {listed}"
+        )
+    if not any(True for _ in norm_modules(model)):
+        raise ConfigError(f"model={config.model_name}: has no norm that norm={config.norm_name} could be")
+    return model
+
+
+def build_parts(config: Config, *, processes: int) -> Parts:
+    """Everything but the trainer, for one of `processes`. Uses no accelerator and writes nothing."""
+    spec, factory = load_task(config.task_name), build_norm(config)
+    splits = build_data(config, spec)
+    model = build_model(config, spec, factory, splits)
+    notes = []
+    if config.model.init_from and not config.evaluate:
+        across = config.model.init_across_norms
+        norm = factory.describe()
+        notes += init_from(model, config.model.init_from, norm=norm, across_norms=across)
+    trainer = config.trainer
+    accumulate = trainer.accumulate_grad_batches
+    module: SuiteModule = spec.module(
+        model,
+        options=config.task,
+        info=splits.info,
+        optim=config.optim,
+        identity=identity(config, factory),
+        seed=config.seed,
+        nominal=config.data.batch_size // (processes * accumulate),
+    )
+    data = SuiteDataModule(
+        splits,
+        options=config.data,
+        seed=config.seed,
+        accumulate=accumulate,
+        limits={
+            "train": trainer.limit_train_batches,
+            "val": trainer.limit_val_batches,
+            "test": trainer.limit_test_batches,
+        },
+    )
+    data.train_sampler(rank=0, world_size=processes)  # refuses a batch larger than the data
+    return Parts(config, spec, factory, module, data, notes)
+
+
+def identity(config: Config, factory: NormFactory) -> dict[str, Any]:
+    """What travels in every checkpoint: plain values only, so that weights_only loading reads it."""
+    return {
+        "schema": 1,
+        "task": config.task_name,
+        "model": config.model_name,
+        "data": config.data_name,
+        "norm": factory.describe(),
+        "config": to_dict(config),
+    }
+
+
+def audit_line(parts: Parts) -> str:
+    """`9 dyt (attn 4, ffn 4, final 1), ...`: what the audit saw."""
+    by_name: dict[str, Counter[str]] = {}
+    for _, norm in norm_modules(parts.module.model):
+        made: Any = norm
+        by_name.setdefault(made.norm_name, Counter())[made.site] += 1
+    listed = [
+        f"{sum(sites.values())} {name} ({', '.join(f'{s} {n}' for s, n in sites.items())})"
+        for name, sites in by_name.items()
+    ]
+    kept = ", ".join(parts.spec.keep_sites) or "none"
+    return f"{'; '.join(listed)}; sites kept: {kept}"
+
+
+def build_callbacks(config: Config, spec: TaskSpec, folder: Path | None) -> list[Callback]:
+    """Observers, progress and, with a folder, checkpoints: the best on val and the last epoch."""
+    name, direction, split = spec.primary
+    callbacks: list[Callback] = [
+        NonFiniteGuard(),
+        Throughput(spec.unit),
+        PrimaryTracker(f"{split}/{name}", direction),
+    ]
+    if config.run.norm_stats:
+        callbacks.append(NormStatistics(warn=lambda t: say(f"warning: {t}"), inputs=not config.run.compile))
+    if config.trainer.enable_progress_bar and folder is not None:
+        import sys
+
+        callbacks.append(SuiteProgressBar() if sys.stderr.isatty() else ProgressLines())
+    if config.optim.ema_decay is not None:
+        callbacks.append(EMAWeightAveraging(decay=config.optim.ema_decay))
+    if folder is not None:
+        place: dict[str, Any] = {"dirpath": folder / "checkpoints", "enable_version_counter": False}
+        callbacks.append(
+            ModelCheckpoint(filename="best", monitor=f"{split}/{name}", mode=direction, **place)
+        )
+        callbacks.append(ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **place))
+        if config.run.save_every_n_steps is not None:
+            every = config.run.save_every_n_steps
+            callbacks.append(ModelCheckpoint(filename="last", every_n_train_steps=every, **place))
+    return callbacks
+
+
+def build_trainer(
+    config: Config,
+    *,
+    processes: int,
+    callbacks: list[Callback],
+    folder: Path | None,
+    **overrides: Any,
+) -> L.Trainer:
+    """Lightning's Trainer from trainer.*; the suite samples, checkpoints, logs and shows progress itself."""
+    t = config.trainer
+    loggers: list[Logger] = []
+    if folder is not None:
+        loggers.append(JsonlLogger(folder / "metrics.jsonl"))
+        if config.run.tensorboard:
+            loggers.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+    arguments: dict[str, Any] = {
+        "max_epochs": t.max_epochs if t.max_epochs is not None else -1,
+        "max_steps": t.max_steps,
+        "max_time": t.max_time,
+        "accelerator": t.accelerator,
+        "devices": t.devices,
+        "num_nodes": t.num_nodes,
+        "strategy": build_strategy(config, processes=processes),
+        "precision": t.precision,
+        "accumulate_grad_batches": t.accumulate_grad_batches,
+        "gradient_clip_val": t.gradient_clip_val,
+        "gradient_clip_algorithm": t.gradient_clip_algorithm,
+        "val_check_interval": t.val_check_interval,
+        "check_val_every_n_epoch": t.check_val_every_n_epoch,
+        "log_every_n_steps": t.log_every_n_steps,
+        "deterministic": t.deterministic,
+        "benchmark": t.benchmark,
+        "profiler": t.profiler,
+        "num_sanity_val_steps": t.num_sanity_val_steps,
+        "detect_anomaly": t.detect_anomaly,
+        "logger": loggers or False,
+        "callbacks": callbacks,
+        "enable_progress_bar": any(isinstance(c, SuiteProgressBar) for c in callbacks),
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
+    if t.limit_val_batches == 0:
+        arguments["limit_val_batches"] = 0
+    try:
+        return L.Trainer(**{**arguments, **overrides})
+    except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:
+        raise ConfigError(f"trainer: {error}") from error
+
+
+def build_strategy(config: Config, *, processes: int) -> Strategy | str:
+    """DDP with the run's time-out where several processes train; anything else by Lightning's name."""
+    name = config.trainer.strategy
+    unused = name == "ddp_find_unused_parameters_true"
+    if processes > 1 and (unused or name in ("auto", "ddp")):
+        timeout = timedelta(seconds=config.run.dist_timeout)
+        return DDPStrategy(timeout=timeout, find_unused_parameters=unused, gradient_as_bucket_view=True)
+    return name
+
+
+def parameter_count(parts: Parts) -> tuple[int, int]:
+    """All parameters, and those that norms own."""
+    norms = {id(p) for _, m in norm_modules(parts.module.model) for p in m.parameters()}
+    sizes: Mapping[int, int] = {id(p): p.numel() for p in parts.module.model.parameters()}
+    return sum(sizes.values()), sum(n for key, n in sizes.items() if key in norms)
+
+
+def meta_size(config: Config) -> tuple[int, int]:
+    """(parameters, bytes that training needs for them) from the meta device: nothing is allocated.
+
+    Weights, gradients and AdamW's two moments in float32: 16 bytes a parameter; activations come on top.
+    """
+    spec, factory = load_task(config.task_name), build_norm(config)
+    splits = build_data(config, spec)
+    with torch.device("meta"):
+        model = spec.models[config.model_name].build(config.model, norm=factory, data=splits.info)
+    count = sum(p.numel() for p in model.parameters())
+    states = {"adamw": 2, "adam": 2, "sgd": 1}[config.optim.name]
+    return count, 4 * (2 + states) * count

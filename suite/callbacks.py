@@ -1,0 +1,298 @@
+"""What watches a run: throughput, norm statistics, the guard against non-finite values, progress lines."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import Tensor, nn
+
+from suite.errors import DivergedError
+from suite.module import Batch, Observer, SuiteModule
+from suite.norms import norm_modules
+
+PRODUCT_RANGE = (0.3, 3.0)
+
+
+class Throughput(Callback, Observer):
+    """Steps and units a second between logged windows, without validation and without the first window.
+
+    The first window holds compilation and cache warm-up, so it is logged but kept out of the summary.
+    """
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.windows = 0
+        self.units, self.steps, self.seconds = 0.0, 0, 0.0
+        self._busy, self._steps, self._since = 0.0, 0, 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._since:
+            self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now = time.perf_counter()
+        self._busy += now - self._since
+        self._since = now
+        self._steps += int((batch_idx + 1) % trainer.accumulate_grad_batches == 0)
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._since = 0.0
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._since = 0.0
+
+    def on_window(self, module: SuiteModule, values: dict[str, float], units: float) -> None:
+        if self._steps and self._busy > 0:
+            values[f"throughput/{self.unit}_per_s"] = units / self._busy
+            values["throughput/step_ms"] = 1e3 * self._busy / self._steps
+            if self.windows:
+                self.units, self.steps = self.units + units, self.steps + self._steps
+                self.seconds += self._busy
+            self.windows += 1
+        self._busy, self._steps = 0.0, 0
+
+    def summary(self) -> dict[str, Any]:
+        """For result.json."""
+        known = self.seconds > 0
+        return {
+            "unit": self.unit,
+            "per_s": self.units / self.seconds if known else None,
+            "step_ms": 1e3 * self.seconds / self.steps if known else None,
+        }
+
+
+class NormStatistics(Callback, Observer):
+    """alpha, RMS(input), alpha * RMS(input) and saturation of each site, on logged steps only.
+
+    alpha * RMS(input) at initialisation decides how a point-wise norm trains at small scale: about 1 is
+    right, and outside 0.3 to 3 the site starves or saturates, which is said once in words. With a
+    compiled model only alpha is logged: hooks would break its graph.
+    """
+
+    def __init__(self, warn: Callable[[str], None], *, inputs: bool = True) -> None:
+        self.warn, self.inputs = warn, inputs
+        self._handles: list[Any] = []
+        self._seen: dict[str, list[Tensor]] = defaultdict(list)
+        self._warned = False
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        step, every = trainer.global_step + 1, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if self._handles or not self.inputs or not (step == 1 or (every and step % every == 0)):
+            return
+        assert isinstance(module, SuiteModule)
+        for _, norm in norm_modules(module.model):
+            self._handles.append(norm.register_forward_pre_hook(self._look))
+
+    @torch.no_grad()
+    def _look(self, norm: Any, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0]
+        row = [x.float().square().mean().sqrt()]
+        if hasattr(norm, "saturation"):
+            row.append(norm.saturation(x).float())
+        if isinstance(getattr(norm, "alpha", None), Tensor):
+            row.append(norm.alpha.float().abs().mean() * row[0])
+        self._seen[norm.site].append(torch.stack(row))
+
+    def on_window(self, module: SuiteModule, values: dict[str, float], units: float) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        alphas: dict[str, list[Tensor]] = defaultdict(list)
+        for _, norm in norm_modules(module.model):
+            if isinstance(getattr(norm, "alpha", None), Tensor):
+                alphas[str(norm.site)].append(norm.alpha.detach().float().mean())
+        for site, rows in alphas.items():
+            values[f"norm/{site}/alpha"] = float(torch.stack(rows).mean())
+        first = not self._warned
+        for site, seen in self._seen.items():
+            table = torch.stack(seen)
+            row = table.mean(0).tolist()
+            for name, value in zip(("rms", "saturation", "alpha_rms"), row, strict=False):
+                values[f"norm/{site}/{name}"] = value
+            if first and len(row) == 3:
+                self._judge(site, table[:, 2])
+        if self._seen:
+            self._warned = True
+        self._seen.clear()
+
+    def _judge(self, site: str, products: Tensor) -> None:
+        low, high = float(products.min()), float(products.max())
+        if low < PRODUCT_RANGE[0] or high > PRODUCT_RANGE[1]:
+            self.warn(
+                f"norm/{site}: alpha x RMS(input) is {low:.2f} to {high:.2f} at the start, outside "
+                f"{PRODUCT_RANGE[0]} to {PRODUCT_RANGE[1]}; norm.alpha_init=calibrated sets it to 1"
+            )
+
+
+class NonFiniteGuard(Callback, Observer):
+    """Stops a run on a non-finite loss or gradient and names the step, the batch and the sites.
+
+    The gradient norm is the same on all ranks after the all-reduce, so all of them stop together. On a
+    CPU the check comes before the update; on a GPU it reads the last step's flag, so as not to make the
+    host wait for the device in every step.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[Any, Tensor, Batch | None] | None = None
+        self._scaled = False
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._scaled = trainer.precision == "16-mixed"  # its GradScaler skips such steps by design
+
+    def on_gradients(self, module: SuiteModule, norm: Tensor) -> None:
+        if self._scaled:
+            return
+        if norm.device.type != "cuda":
+            if not math.isfinite(float(norm)):
+                self._stop(module, module.batch)
+            return
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            event, flag, batch = pending
+            event.synchronize()
+            if not bool(flag):
+                self._stop(module, batch)
+        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+        flag.copy_(torch.isfinite(norm), non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._pending = (event, flag, module.batch)
+
+    def _stop(self, module: SuiteModule, batch: Batch | None) -> None:
+        raise DivergedError(self.describe(module, batch))
+
+    def describe(self, module: SuiteModule, batch: Batch | None) -> str:
+        """One line: where the first non-finite value is."""
+        where = f"step {module.trainer.global_step + 1}, epoch {module.current_epoch}, rank {module.global_rank}"
+        gradients = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        if batch is None:
+            return f"non-finite gradient at {where}"
+        ids = batch["sample_id"].tolist()
+        samples = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+        found = locate(module, batch)
+        if found:
+            cause = f"first non-finite output in {found[0]}" + (f", then {', '.join(found[1:4])}" if found[1:] else "")
+        elif gradients:
+            cause = f"the forward pass is finite on this rank; non-finite gradients in {', '.join(gradients[:3])}"
+        else:
+            cause = "all values are finite on this rank"
+        return (
+            f"non-finite loss or gradient at {where}: {cause}; samples {samples}. "
+            "Lower optim.lr, set trainer.gradient_clip_val=1, or look at these samples"
+        )
+
+
+@torch.no_grad()
+def locate(module: SuiteModule, batch: Batch) -> list[str]:
+    """Names of the modules whose output is not finite, in forward order, norms with their site."""
+    found: list[str] = []
+    for name, value in batch.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            found.append(f"batch[{name!r}]")
+    with watch_outputs(module.model, found):
+        module.step(batch, "train")
+    return found
+
+
+@contextmanager
+def watch_outputs(model: nn.Module, found: list[str]) -> Iterator[None]:
+    """Append the name of every leaf or norm whose output is not finite while the context is open."""
+    norms = {id(m): m for _, m in norm_modules(model)}
+    handles = []
+
+    def hook(label: str) -> Callable[..., None]:
+        def look(_: nn.Module, __: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(label)
+
+        return look
+
+    for name, child in model.named_modules():
+        if id(child) in norms:
+            norm: Any = norms[id(child)]
+            handles.append(child.register_forward_hook(hook(f"{name} ({norm.site}, {norm.norm_name})")))
+        elif not list(child.children()):
+            handles.append(child.register_forward_hook(hook(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class SuiteProgressBar(RichProgressBar):
+    """Rich's bar with the last logged window, which is already on the host: no sync a step."""
+
+    SHOWN = ("train/loss", "lr", "grad_norm")
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
+        latest = getattr(pl_module, "latest", {})
+        shown = {k: f"{latest[k]:.4g}" for k in self.SHOWN if k in latest}
+        shown.update({k: f"{float(v):.4g}" for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
+        return shown
+
+
+class ProgressLines(Callback, Observer):
+    """A line for each logged window and validation, for logs and pipes."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @rank_zero_only
+    def _say(self, module: L.LightningModule, text: str) -> None:
+        total = module.trainer.estimated_stepping_batches
+        seconds = time.perf_counter() - self._start
+        print(f"[{seconds:7.1f} s] step {module.trainer.global_step}/{total}  {text}", flush=True, file=sys.stderr)
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._start = time.perf_counter()
+
+    def on_window(self, module: SuiteModule, values: dict[str, float], units: float) -> None:
+        names = [k for k in values if k in SuiteProgressBar.SHOWN or k.startswith("throughput/")]
+        self._say(module, "  ".join(f"{k} {values[k]:.4g}" for k in names))
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if trainer.state.fn == "fit":
+            self._say(module, "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+
+
+class PrimaryTracker(Callback):
+    """The metric that a run is judged by: its best value on val, the step of it, and the last value."""
+
+    def __init__(self, key: str, direction: str) -> None:
+        self.key, self.sign = key, 1.0 if direction == "max" else -1.0
+        self.best: float | None = None
+        self.best_step: int | None = None
+        self.last: float | None = None
+        self.metrics: dict[str, float] = {}
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        value = values.get(self.key)
+        if value is None:
+            return
+        self.last = value
+        if self.best is None or self.sign * value > self.sign * self.best:
+            self.best, self.best_step, self.metrics = value, trainer.global_step, values
+
+    def state_dict(self) -> dict[str, Any]:
+        return {k: getattr(self, k) for k in ("best", "best_step", "last", "metrics")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for key, value in state_dict.items():
+            setattr(self, key, value)

@@ -1,0 +1,135 @@
+"""Weights in and out: finding a run's checkpoint, reading it safely, and the guard on its norm.
+
+A DyT checkpoint loads into a LayerNorm model under strict=False with nothing missing; the published
+fine-tuning scripts do so silently. Here every load is strict, and the norm that a checkpoint records
+must be the model's. Only tensors and plain values are read: safetensors, or torch files under
+`weights_only=True`, which runs no code from the file.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from suite.errors import ConfigError
+from suite.norms import check_compatible, norm_parameters
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+WRAPPERS = ("state_dict", "model_ema", "model")  # where published files keep their weights
+
+
+def find_checkpoint(path: str | Path, *, prefer: str) -> Path:
+    """The checkpoint that a run's folder or a file's path means. prefer: "best" or "last".
+
+    Raises ConfigError if there is none.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise ConfigError(f"{path}: not a weights file; allowed: {', '.join(SUFFIXES)}")
+        return path
+    if not path.is_dir():
+        raise ConfigError(f"{path}: no such run or file")
+    other = {"best": "last", "last": "best"}[prefer]
+    for name in (prefer, other):
+        found = path / "checkpoints" / f"{name}.ckpt"
+        if found.is_file():
+            return found
+    raise ConfigError(f"{path}: has no checkpoints/best.ckpt or last.ckpt, so it is not a run's folder")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What a file holds, read on the CPU. Raises ConfigError for one that is broken or not plain data."""
+    if path.suffix == ".safetensors":
+        try:
+            return dict(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path}: not a readable safetensors file ({error})") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=None)
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, BadZipFile, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError(f"{path}: not a readable checkpoint of tensors and plain values ({reason})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: holds a {type(content).__name__}, expected a state dict")
+    return content
+
+
+def split_weights(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
+    """A file's content as (the network's state dict, the suite's identity or None)."""
+    identity = content.get("suite")
+    state: Mapping[str, Any] = content
+    for key in WRAPPERS:
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    if isinstance(identity, Mapping):
+        state = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
+    return {k: v for k, v in state.items() if isinstance(v, Tensor)}, identity
+
+
+def init_from(
+    model: nn.Module, path: str, *, norm: Mapping[str, Any], across_norms: bool
+) -> list[str]:
+    """Load a file's or a run's weights into `model` before training; returns notes on what was done.
+
+    norm: the chosen factory's description. across_norms: load what both norms have.
+    Raises ConfigError if names or shapes differ, or the norm does and across_norms is off.
+    """
+    file = find_checkpoint(path, prefer="best")
+    return read_weights(model, file, norm=norm, key="model.init_from", across_norms=across_norms)
+
+
+def read_weights(
+    model: nn.Module,
+    file: Path,
+    *,
+    norm: Mapping[str, Any],
+    key: str,
+    across_norms: bool = False,
+) -> list[str]:
+    """Load `file` into `model`, strictly but for norms if across_norms; key: what to call it in errors."""
+    state, identity = split_weights(read_checkpoint(file))
+    where = f"{key}={file}"
+    if identity is not None and not across_norms:
+        try:
+            check_compatible(identity["norm"], norm)
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{where}: {error}") from error
+    own = model.state_dict()
+    of_norms = set(norm_parameters(model))
+    norm_paths = {name.rpartition(".")[0] for name in of_norms}
+    foreign = [k for k in state if k not in own and k.rpartition(".")[0] in norm_paths]
+    absent = [k for k in own if k not in state and k in of_norms]
+    problems = {
+        "missing": [k for k in own if k not in state and not (across_norms and k in absent)],
+        "unknown": [k for k in state if k not in own and not (across_norms and k in foreign)],
+        "other shape": [k for k in own if k in state and own[k].shape != state[k].shape],
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what} {few(names)}" for what, names in problems.items() if names)
+        hint = ""
+        if set(problems["missing"]) <= set(absent) and set(problems["unknown"]) <= set(foreign):
+            hint = ". It looks trained with another norm: choose that norm" * (not problems["other shape"])
+        raise ConfigError(f"{where}: these are not weights of this model: {listed}{hint}")
+    model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=not across_norms)
+    notes = [f"loaded {len(state) - len(foreign)} tensors from {file}"]
+    if across_norms:
+        notes.append(
+            f"across norms: {few(absent) or 'no parameter'} kept the initial value, "
+            f"{few(foreign) or 'nothing'} of the file was left out"
+        )
+    return notes
+
+
+def few(names: list[str]) -> str:
+    """The first names of a list and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,301 @@
+"""The step contract: a task writes `step`, this module turns its sums into exact means.
+
+A task returns a *sum* and a *count* (examples, masked frames, tokens). The mean that is optimised is
+over all ranks and all accumulation steps: counts are all-reduced and the gradients rescaled once,
+together with clipping. So one process with batch B equals two with B/2, for every task, and no task
+writes a collective. Nothing here knows a domain.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from suite.data import DataInfo, Split
+from suite.errors import ConfigError
+from suite.norms import calibrate, check_compatible
+from suite.optim import build_optimizer, schedule, warmup_steps
+from suite.randomness import derive
+
+if TYPE_CHECKING:
+    from suite.settings import OptimConfig
+
+Batch = dict[str, Tensor]
+Number = Tensor | float | int
+
+
+@dataclass
+class StepOutput:
+    """What one batch gives.
+
+    loss_sum: 0-dim, the loss summed over `count` items, with gradient. count: items of this batch.
+    logs: further sums over the same items, logged as means. metric_inputs: keyword arguments of the
+    task's metrics, of valid rows only. units: how many of the task's unit the batch holds (None: count).
+    """
+
+    loss_sum: Tensor
+    count: Number
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
+    metric_inputs: Mapping[str, Any] = field(default_factory=dict)
+    units: Number | None = None
+
+
+class Sums:
+    """Named sums that stay on the device until they are read, once for all of them."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Number] = {}
+
+    def add(self, out: StepOutput) -> None:
+        """Add a batch's loss, count, units and logs."""
+        units = out.count if out.units is None else out.units
+        for name, value in (("loss", out.loss_sum), ("_count", out.count), ("_units", units)):
+            self._add(name, value)
+        for name, value in out.logs.items():
+            self._add(name, value)
+
+    def _add(self, name: str, value: Number) -> None:
+        value = value.detach() if isinstance(value, Tensor) else value
+        held = self.values.get(name)
+        self.values[name] = value if held is None else held + value
+
+    def totals(self, device: torch.device) -> dict[str, float]:
+        """Sums over all ranks, read in one transfer. Clears."""
+        names, values = list(self.values), list(self.values.values())
+        self.values = {}
+        if not names:
+            return {}
+        wide = torch.float32 if device.type == "mps" else torch.float64
+        packed = torch.stack([torch.as_tensor(v, device=device, dtype=wide) for v in values])
+        if world_size() > 1:
+            dist.all_reduce(packed)
+        return dict(zip(names, packed.tolist(), strict=True))
+
+
+class Observer:
+    """A callback that looks at gradients or adds to a window of logged values."""
+
+    def on_gradients(self, module: SuiteModule, norm: Tensor) -> None:
+        """After the all-reduce, before the update. norm: 0-dim global gradient norm."""
+
+    def on_window(self, module: SuiteModule, values: dict[str, float], units: float) -> None:
+        """Before a window of steps is logged. values: what will be logged, to be added to."""
+
+
+def world_size() -> int:
+    """Processes that take part in this training."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def means(totals: Mapping[str, float]) -> dict[str, float]:
+    """Sums to means over `_count`."""
+    count = max(totals.get("_count", 0.0), 1e-12)
+    return {k: v / count for k, v in totals.items() if not k.startswith("_")}
+
+
+class SuiteModule(L.LightningModule):
+    """One level above a task: optimisation, exact means, logging, the checkpoint's identity.
+
+    model: the network. options: the task's own settings. info: of the data.
+    optim: the optimizer's settings. identity: plain dict that travels in every checkpoint (task,
+    model, norm, resolved config). nominal: examples of one micro-batch of one process, which scales
+    the loss to about 1 before the exact rescaling.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        options: Any,
+        info: DataInfo,
+        optim: OptimConfig,
+        identity: Mapping[str, Any],
+        seed: int,
+        nominal: int,
+    ) -> None:
+        super().__init__()
+        self.model, self.options, self.info, self.optim = model, options, info, optim
+        self.identity, self.seed, self.nominal = dict(identity), seed, nominal
+        self.split_metrics = nn.ModuleDict({s: self.metrics().clone(prefix=f"{s}/") for s in ("val", "test")})
+        self.window, self.epoch_totals = Sums(), {"loss": 0.0, "_count": 0.0}
+        self.eval_sums: dict[str, Sums] = {"val": Sums(), "test": Sums()}
+        self.latest: dict[str, float] = {}
+        self.train_loss: float | None = None
+        self.batch: Batch | None = None
+        self._step_count: Number = 0
+        self._grad_norm: Tensor | None = None
+        self._lr = 0.0
+        self._logged_step = 0
+
+    # -- what a task writes ---------------------------------------------------------------------
+
+    @abstractmethod
+    def step(self, batch: Batch, split: Split) -> StepOutput:
+        """Loss and metric inputs of one batch."""
+
+    def metrics(self) -> MetricCollection:
+        """Fresh metric objects for a whole validation or test set. Called before the model is set."""
+        return MetricCollection({})
+
+    def initialise(self, batch: Batch) -> dict[str, float]:
+        """Data-dependent initialisation from one fixed batch, the same on every rank.
+
+        Returns the calibrated alpha of each point-wise norm (empty where none asks for it).
+        """
+        return calibrate(self.model, lambda: self.step(batch, "val"))
+
+    # -- training -------------------------------------------------------------------------------
+
+    def on_fit_start(self) -> None:
+        callbacks: Iterable[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        self.observers = [c for c in callbacks if isinstance(c, Observer)]
+        self._logged_step = self.trainer.global_step
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Dropout and the like become a function of (seed, position, rank): nothing to save or restore."""
+        position = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        torch.manual_seed(derive(self.seed, "step", position, self.global_rank))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.batch = batch
+        out = self.step(batch, "train")
+        self.window.add(out)
+        count = out.count.detach() if isinstance(out.count, Tensor) else out.count
+        self._step_count = self._step_count + count
+        return out.loss_sum / self.nominal
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | int | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Gradients of the exact global mean, their norm, and clipping, in one pass over them."""
+        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        self._lr = optimizer.param_groups[0]["lr"]
+        scale = self._exact_scale()
+        norm = torch.nn.utils.get_total_norm(grads)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = norm * scale
+        self._grad_norm = norm
+        for observer in self.observers:
+            observer.on_gradients(self, norm)
+        if gradient_clip_val is not None and gradient_clip_algorithm != "value":
+            scale = scale * torch.clamp(gradient_clip_val / (norm + 1e-6), max=1.0)
+        if norm.device.type != "cpu" or float(scale) != 1.0:
+            torch._foreach_mul_(grads, scale)
+        if gradient_clip_val is not None and gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_([p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val)
+
+    def _exact_scale(self) -> Tensor:
+        """From the scaling that autograd, Lightning and DDP applied to that of the global mean.
+
+        They give sum / (nominal * accumulate * world); the mean is sum / global count.
+        """
+        count = torch.as_tensor(self._step_count, device=self.device, dtype=torch.float32).clone()
+        self._step_count = 0
+        world = world_size()
+        if world > 1:
+            dist.all_reduce(count)
+        return self.nominal * self.trainer.accumulate_grad_batches * world / count.clamp(min=1e-12)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step > self._logged_step and (step == 1 or (every and step % every == 0)):
+            self._flush(step)
+
+    def on_train_epoch_end(self) -> None:
+        self._flush(self.trainer.global_step)
+        if self.epoch_totals["_count"]:
+            self.train_loss = self.epoch_totals["loss"] / self.epoch_totals["_count"]
+        self.epoch_totals = {"loss": 0.0, "_count": 0.0}
+
+    def _flush(self, step: int) -> None:
+        """Log the window of steps since the last one: one transfer from the device for all values."""
+        self._logged_step = step
+        totals = self.window.totals(self.device)
+        if not totals:
+            return
+        for name in self.epoch_totals:
+            self.epoch_totals[name] += totals[name]
+        values = {f"train/{k}": v for k, v in means(totals).items()}
+        if self._grad_norm is not None:
+            values["grad_norm"] = float(self._grad_norm)
+            values["lr"] = self._lr
+        for observer in self.observers:
+            observer.on_window(self, values, totals["_units"])
+        self.latest = values
+        for logger in self.trainer.loggers:
+            logger.log_metrics({**values, "epoch": self.current_epoch}, step=step)
+
+    def configure_optimizers(self) -> Any:
+        total = self.trainer.estimated_stepping_batches
+        if total == float("inf"):
+            if self.optim.schedule != "constant":
+                raise ConfigError(
+                    f"optim.schedule={self.optim.schedule} needs to know the number of steps: "
+                    "set trainer.max_epochs or trainer.max_steps, or optim.schedule=constant"
+                )
+            total = 1
+        per_epoch = max(1, int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
+        fused = self.optim.fused
+        if fused is None:
+            fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        optimizer = build_optimizer(self.model, self.optim, fused=fused)
+        warmup = warmup_steps(self.optim, total=int(total), per_epoch=per_epoch)
+        factor = schedule(self.optim, total=int(total), warmup=warmup)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # -- evaluation -----------------------------------------------------------------------------
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, split: Split) -> None:
+        out = self.step(batch, split)
+        self.eval_sums[split].add(out)
+        if out.metric_inputs:
+            self.split_metrics[split].update(**out.metric_inputs)  # type: ignore[operator]
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, split: Split) -> None:
+        """Exact over ranks: sums are all-reduced and metric objects sync their states themselves."""
+        totals = self.eval_sums[split].totals(self.device)
+        values = {f"{split}/{k}": v for k, v in means(totals).items()}
+        values[f"{split}/count"] = totals.get("_count", 0.0)
+        collection: Any = self.split_metrics[split]
+        if len(collection):
+            values.update({k: float(v) for k, v in collection.compute().items()})
+            collection.reset()
+        self.log_dict({k: torch.tensor(v, dtype=torch.float32) for k, v in values.items()})
+
+    # -- the checkpoint's identity --------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["suite"] = self.identity
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("suite")
+        if not isinstance(saved, Mapping):
+            raise ConfigError("the checkpoint was not written by this suite; use model.init_from=FILE for weights")
+        try:
+            check_compatible(saved["norm"], self.identity["norm"])
+        except ValueError as error:
+            raise ConfigError(str(error)) from error

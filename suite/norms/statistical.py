@@ -1,0 +1,297 @@
+"""The norms that compute statistics: LayerNorm, RMSNorm, BatchNorm, GroupNorm, ScaleNorm, and
+Identity.
+
+Thin wraps of torch's functions that add what comparing norms across domains needs: one constructor,
+any layout ([B, T, C], [B, H, W, C], and with channels_first [B, C, T], [B, C, H, W]), padding, and
+one stated autocast policy: statistics in float32 (float64 stays float64), output in the input's
+dtype. Where parameters and input have the same 16-bit dtype torch's kernels are given them as they
+are, because those accumulate in float32 themselves.
+
+`mask` is True at valid positions and broadcasts over batch and positions from the left: [B] marks
+whole examples, [B, T] tokens, [B, H, W] pixels. Norms whose statistics stay within a position
+ignore it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _compute_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
+    """float32 or wider, or x's own where all parameters share it (the kernel then accumulates in
+    float32).
+    """
+    present = [p.dtype for p in parameters if p is not None]
+    if present and all(dtype == x.dtype for dtype in present):
+        return x.dtype
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _cast(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if parameter is None else parameter.to(dtype)
+
+
+def _valid(mask: Tensor, z: Tensor) -> Tensor:
+    """mask [B, ...] -> bool, broadcast to z's batch and positions, with a last dimension of 1."""
+    missing = z.dim() - 1 - mask.dim()
+    mask = mask.bool().reshape(*mask.shape, *(1 for _ in range(missing)))
+    return mask.expand(z.shape[:-1]).unsqueeze(-1)
+
+
+class _StatisticsNorm(nn.Module):
+    """Learned scale and offset per channel, and the layout. `published_bias`: whether the published
+    norm has one.
+    """
+
+    published_bias = True
+    weight: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        eps: float = 1e-5,
+        weight: bool = True,
+        bias: bool = True,
+        channels_first: bool = False,
+    ) -> None:
+        super().__init__()
+        self.dim, self.eps, self.channels_first = dim, eps, channels_first
+        self.register_parameter(
+            "weight", nn.Parameter(torch.empty(self._scales())) if weight else None
+        )
+        self.register_parameter("bias", nn.Parameter(torch.empty(dim)) if bias else None)
+        self.reset_parameters()
+
+    def _scales(self) -> int:
+        return self.dim
+
+    def reset_parameters(self) -> None:
+        """weight at 1, bias at 0. Draws no random numbers."""
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def _last(self, x: Tensor) -> Tensor:
+        """x with its channels last."""
+        return x.movedim(1, -1) if self.channels_first else x
+
+    def _restore(self, z: Tensor) -> Tensor:
+        return z.movedim(-1, 1) if self.channels_first else z
+
+    def _affine(self, z: Tensor) -> Tensor:
+        """weight * z + bias for z with its channels last."""
+        if self.weight is not None:
+            z = z * self.weight
+        return z if self.bias is None else z + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}, channels_first={self.channels_first}"
+
+
+class LayerNorm(_StatisticsNorm):
+    """(x - mean) / sqrt(var + eps) over the channels of each position (arXiv 1607.06450)."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        dtype = _compute_dtype(x, self.weight, self.bias)
+        weight, bias = _cast(self.weight, dtype), _cast(self.bias, dtype)
+        z = F.layer_norm(self._last(x).to(dtype), (self.dim,), weight, bias, self.eps)
+        return self._restore(z).to(x.dtype)
+
+
+class RMSNorm(_StatisticsNorm):
+    """x / sqrt(mean x^2 + eps) over the channels of each position (arXiv 1910.07467). No bias
+    unless asked for.
+    """
+
+    published_bias = False
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        z = F.rms_norm(self._last(x).to(dtype), (self.dim,), _cast(self.weight, dtype), self.eps)
+        if self.bias is not None:
+            z = z + self.bias
+        return self._restore(z).to(x.dtype)
+
+
+class ScaleNorm(RMSNorm):
+    """weight * sqrt(C) x / |x| with one learned scalar (arXiv 1910.05895), eps as in RMSNorm. No
+    bias unless asked for.
+    """
+
+    def _scales(self) -> int:
+        return 1
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        z = self._last(x).to(torch.promote_types(x.dtype, torch.float32))
+        z = F.rms_norm(z, (self.dim,), None, self.eps)
+        return self._restore(self._affine(z)).to(x.dtype)
+
+
+def default_groups(dim: int) -> int:
+    """The most groups, up to 32, that divide `dim` and leave at least 8 channels in each."""
+    return max(g for g in range(1, 33) if dim % g == 0 and (g == 1 or dim // g >= 8))
+
+
+class GroupNorm(_StatisticsNorm):
+    """Mean and variance per group of channels (arXiv 1803.08494).
+
+    Tokens ([B, T, C] or [B, C], channels last): within each token, so that no token sees another.
+    Everything else ([B, C, T], [B, C, H, W], [B, H, W, C]): over the valid positions of each
+    example too, as torch.nn.GroupNorm.
+    """
+
+    def __init__(self, dim: int, *, groups: int | None = None, **layout: Any) -> None:
+        super().__init__(dim, **layout)
+        self.groups = default_groups(dim) if groups is None else groups
+        if dim % self.groups:
+            raise ValueError(f"groups must divide the {dim} channels, got {self.groups}")
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        per_token = not self.channels_first and x.dim() <= 3
+        if mask is not None and not per_token:
+            return self._masked(x, mask)
+        dtype = _compute_dtype(x, self.weight, self.bias)
+        z = x.reshape(-1, self.dim) if per_token else self._last(x).movedim(-1, 1)
+        weight, bias = _cast(self.weight, dtype), _cast(self.bias, dtype)
+        z = F.group_norm(z.to(dtype), self.groups, weight, bias, self.eps).to(x.dtype)
+        return z.view(x.shape) if per_token else self._restore(z.movedim(1, -1))
+
+    def _masked(self, x: Tensor, mask: Tensor) -> Tensor:
+        z = self._last(x).to(torch.promote_types(x.dtype, torch.float32))
+        valid = _valid(mask, z).unsqueeze(-1)
+        grouped = z.unflatten(-1, (self.groups, -1))
+        over = (*range(1, grouped.dim() - 2), grouped.dim() - 1)
+        count = (valid.sum(over, keepdim=True) * (self.dim // self.groups)).clamp(min=1)
+        mean = torch.where(valid, grouped, 0).sum(over, keepdim=True) / count
+        centred = grouped - mean
+        var = torch.where(valid, centred, 0).square().sum(over, keepdim=True) / count
+        z = (centred * torch.rsqrt(var + self.eps)).flatten(-2)
+        return self._restore(self._affine(z)).to(x.dtype)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce (sum) whose gradient is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _moments(z: Tensor, valid: Tensor | None, *, over_ranks: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [C], biased variance [C] and count [] over all positions of z [..., C] that are valid,
+    on all ranks.
+    """
+
+    def total(values: Tensor) -> Tensor:
+        kept = values if valid is None else torch.where(valid, values, 0)
+        summed = kept.reshape(-1, z.shape[-1]).sum(0)
+        return _SumOverRanks.apply(summed) if over_ranks else summed
+
+    count = z.new_tensor(z[..., 0].numel()) if valid is None else valid.sum().to(z.dtype)
+    if over_ranks:
+        dist.all_reduce(count)
+    some = count.clamp(min=1)
+    mean = total(z) / some
+    return mean, total((z - mean).square()) / some, count
+
+
+class BatchNorm(_StatisticsNorm):
+    """Mean and variance per channel over the batch and its valid positions (arXiv 1502.03167).
+
+    Evaluation uses running statistics, updated as in torch (unbiased variance, weight `momentum` on
+    the new batch).
+    sync: in a process group, statistics over all ranks; on CPU ranks that is refused with a
+    ValueError.
+    Positions see each other: not for causal models.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self, dim: int, *, sync: bool = True, momentum: float = 0.1, **layout: Any
+    ) -> None:
+        super().__init__(dim, **layout)
+        self.sync, self.momentum = sync, momentum
+        self.register_buffer("running_mean", torch.zeros(dim))
+        self.register_buffer("running_var", torch.ones(dim))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        z = self._last(x).to(torch.promote_types(x.dtype, torch.float32))
+        if not self.training:
+            z = self._normalize(z, self.running_mean.to(z.dtype), self.running_var.to(z.dtype))
+            return self._restore(z).to(x.dtype)
+        over_ranks = self._over_ranks(x)
+        if mask is None and not over_ranks and self.running_mean.dtype == z.dtype:
+            z = self._torch(z)
+        else:
+            valid = None if mask is None else _valid(mask, z)
+            mean, var, count = _moments(z, valid, over_ranks=over_ranks)
+            self._track(mean, var, count)
+            z = self._normalize(z, mean, var)
+        return self._restore(z).to(x.dtype)
+
+    def _torch(self, z: Tensor) -> Tensor:
+        self.num_batches_tracked.add_(1)
+        z_NC = z.movedim(-1, 1)
+        weight, bias = _cast(self.weight, z.dtype), _cast(self.bias, z.dtype)
+        running = (self.running_mean, self.running_var)
+        return F.batch_norm(z_NC, *running, weight, bias, True, self.momentum, self.eps).movedim(
+            1, -1
+        )
+
+    def _normalize(self, z: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        return self._affine((z - mean) * torch.rsqrt(var + self.eps))
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Move the running statistics towards the batch's, unless it has no valid position."""
+        share = self.momentum * (count > 0).to(mean.dtype)
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            old = running.to(new.dtype)
+            running.copy_(old + share * (new - old))
+        self.num_batches_tracked.add_((count > 0).to(self.num_batches_tracked.dtype))
+
+    def _over_ranks(self, x: Tensor) -> bool:
+        if not (self.sync and dist.is_available() and dist.is_initialized()):
+            return False
+        if dist.get_world_size() == 1:
+            return False
+        if x.device.type == "cpu":
+            raise ValueError(
+                "sync: batchnorm's statistics over several ranks need GPUs; on CPU ranks set"
+                " norm.sync=false (each rank then uses its own statistics) or choose another norm"
+            )
+        return True
+
+
+class Identity(nn.Module):
+    """No normalization: the input, unchanged. Takes and ignores what other norms take."""
+
+    published_bias = False
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x

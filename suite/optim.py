@@ -1,0 +1,107 @@
+"""Optimizers, parameter groups by role, and schedules as pure functions of the step.
+
+Weight decay goes by role, not by the type of one norm: published scripts exempt nn.LayerNorm by type
+and then decay DyT's alpha and weight, so that the comparison compares decay. Here what a norm owns,
+every bias and what the model names in `no_weight_decay()` is not decayed, for every norm alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from suite.norms import norm_parameters
+
+if TYPE_CHECKING:
+    from suite.settings import OptimConfig
+
+
+def parameter_groups(model: nn.Module, *, weight_decay: float, decay_norm: bool) -> list[dict[str, Any]]:
+    """Two groups: decayed and not. decay_norm: decay alpha, shift, weight and bias of norms too."""
+    norms = set(norm_parameters(model))
+    exempt = set(getattr(model, "no_weight_decay", set)())
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name in norms:
+            role_decays = decay_norm
+        else:
+            role_decays = parameter.ndim > 1 and name not in exempt
+        (decayed if role_decays else kept).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
+    """The optimizer that `optim.name` names, over `parameter_groups(model)`."""
+    groups = parameter_groups(model, weight_decay=config.weight_decay, decay_norm=config.decay_norm)
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused or None)
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    betas = (config.beta1, config.beta2)
+    return kind(groups, lr=config.lr, betas=betas, eps=config.eps, fused=fused or None)
+
+
+def warmup_steps(config: OptimConfig, *, total: int, per_epoch: int) -> int:
+    """Warm-up in optimizer steps from whichever of the three options was given."""
+    if config.warmup_steps is not None:
+        return config.warmup_steps
+    if config.warmup_epochs is not None:
+        return round(config.warmup_epochs * per_epoch)
+    return round((config.warmup_fraction or 0.0) * total)
+
+
+def schedule(config: OptimConfig, *, total: int, warmup: int) -> Callable[[int], float]:
+    """step -> factor of the learning rate, for steps 0 to total - 1.
+
+    The warm-up is linear: step k of it has factor (k + 1) / warmup, so that no step stands still.
+    """
+    shapes: dict[str, Callable[[OptimConfig, int, int, int], float]] = {
+        "cosine": cosine,
+        "constant": lambda config, step, total, warmup: 1.0,
+        "polynomial": polynomial,
+        "tri_stage": tri_stage,
+    }
+    shape = shapes[config.schedule]
+
+    def factor(step: int) -> float:
+        return (step + 1) / warmup if step < warmup else shape(config, step, total, warmup)
+
+    return factor
+
+
+def progress(step: int, *, start: int, stop: int) -> float:
+    """How far `step` is from `start` to `stop`, from 0 to 1."""
+    return min(1.0, max(0.0, (step - start) / max(1, stop - start)))
+
+
+def cosine(config: OptimConfig, step: int, total: int, warmup: int) -> float:
+    """Half a cosine from 1 to min_lr / lr (arXiv 1608.03983)."""
+    floor = config.min_lr / config.lr
+    share = progress(step, start=warmup, stop=total)
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
+def polynomial(config: OptimConfig, step: int, total: int, warmup: int) -> float:
+    """(1 - progress) ** power from 1 to min_lr / lr."""
+    floor = config.min_lr / config.lr
+    share = progress(step, start=warmup, stop=total)
+    return floor + (1.0 - floor) * (1.0 - share) ** config.power
+
+
+def tri_stage(config: OptimConfig, step: int, total: int, warmup: int) -> float:
+    """Warm-up, hold, exponential decay to final_scale, as shares of all steps (arXiv 2006.11477)."""
+    hold_until = warmup + round(config.hold_fraction * total)
+    if config.decay_fraction is None:
+        stop = total
+    else:
+        stop = hold_until + round(config.decay_fraction * total)
+    if step < hold_until:
+        return 1.0
+    share = progress(step, start=hold_until, stop=stop)
+    return math.exp(math.log(max(config.final_scale, 1e-12)) * share)

@@ -1,0 +1,93 @@
+"""Names to tasks: the only file of `suite` that imports `tasks`, lazily, and only the chosen one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from suite.errors import ConfigError
+
+DEFAULT_TASK = "vision/classify"
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What every model's options have.
+
+    init_from: weights to start from (.safetensors, .pt, .ckpt or a run's folder).
+    init_across_norms: load weights that were trained with another norm, keeping what both have.
+    """
+
+    init_from: str | None = None
+    init_across_norms: bool = False
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a task that has none."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One entry that `model=` or `data=` may name.
+
+    options: a frozen dataclass instance that holds the entry's defaults.
+    build: model: build(options, *, norm, data) -> nn.Module; data: build(options, *, seed) -> Splits.
+    help: one line for `--list`.
+    """
+
+    options: Any
+    build: Callable[..., Any]
+    help: str = ""
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What `tasks/<domain>/<task>.py` exports as SPEC.
+
+    module: the LightningModule class, a SuiteModule.
+    models, data: what `model=` and `data=` may name; the first of each is the default.
+    primary: (metric, direction, split) of the number that a run is judged by.
+    unit: what throughput counts besides examples ("images", "tokens", "seconds of audio", "bases").
+    keep_sites: sites that keep the norm that the model was published with, whatever `norm=` says.
+    options: defaults of the task's own settings (`task.label_smoothing=0.1`).
+    """
+
+    name: str
+    module: type
+    models: Mapping[str, Choice]
+    data: Mapping[str, Choice]
+    primary: tuple[str, Literal["max", "min"], Literal["val"]]
+    unit: str
+    keep_sites: tuple[str, ...] = ()
+    options: Any = NoOptions()
+
+
+def task_names() -> tuple[str, ...]:
+    """The names that `task=` may take. Imports no task."""
+    from tasks import NAMES
+
+    return NAMES
+
+
+def load_task(name: str) -> TaskSpec:
+    """Import the task that is called `name` and return its SPEC.
+
+    Raises ConfigError for a name that is not in `tasks.NAMES`.
+    """
+    check_choice("task", name, task_names())
+    spec: TaskSpec = importlib.import_module("tasks." + name.replace("/", ".")).SPEC
+    return spec
+
+
+def check_choice(key: str, name: str, allowed: Iterable[str]) -> None:
+    """Raise a ConfigError that names the nearest match unless `name` is one of `allowed`."""
+    names = list(allowed)
+    if name in names:
+        return
+    near = get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f" Did you mean {key}={near[0]}?" if near else ""
+    raise ConfigError(f"{key}={name}: no such {key}.{hint} Choose one of: {', '.join(names)}")

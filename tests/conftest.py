@@ -1,0 +1,38 @@
+"""Command-line options and fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+CELLS = ("layernorm", "rmsnorm", "dyt", "derf")  # norms that have a tox cell of their own
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--norm",
+        default=None,
+        help="contract tests of one norm only (a tox cell's name such as vision-dyt will do), "
+        f"or 'others': all but {', '.join(CELLS)}",
+    )
+
+
+def chosen_norms(config: pytest.Config, names: list[str]) -> list[str]:
+    """The norms of the table that --norm leaves."""
+    wanted = config.getoption("--norm")
+    if wanted is None:
+        return names
+    if wanted == "others":
+        return [name for name in names if name not in CELLS]
+    norm = wanted.rpartition("-")[2]
+    if norm not in names:
+        raise pytest.UsageError(f"--norm {wanted}: no such norm; choose of {', '.join(names)}")
+    return [norm]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
