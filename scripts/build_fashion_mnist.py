@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from suite.errors import ConfigError
 from tasks.vision.data import (
     DEBIAN_ROOT,
     MINI_FILE,
@@ -79,7 +80,10 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=MINI_FILE)
     options = parser.parse_args()
-    arrays = choose(options.folder)
+    try:
+        arrays = choose(options.folder)
+    except ConfigError as error:
+        parser.error(str(error))
     write(arrays, options.out)
     content = hashlib.sha256(b"".join(array.tobytes() for array in arrays.values())).hexdigest()
     pixels = arrays["train_images"] / 255.0

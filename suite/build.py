@@ -124,15 +124,6 @@ def build_parts(config: Config, *, processes: int) -> Parts:
         notes += init_from(model, config.model.init_from, norm=norm, across_norms=across)
     trainer = config.trainer
     accumulate = trainer.accumulate_grad_batches
-    module: SuiteModule = spec.module(
-        model,
-        options=config.task,
-        info=splits.info,
-        optim=config.optim,
-        identity=identity(config, factory),
-        seed=config.seed,
-        nominal=config.data.batch_size // (processes * accumulate),
-    )
     data = SuiteDataModule(
         splits,
         options=config.data,
@@ -144,7 +135,17 @@ def build_parts(config: Config, *, processes: int) -> Parts:
             "test": trainer.limit_test_batches,
         },
     )
-    data.train_sampler(rank=0, world_size=processes)  # refuses a batch larger than the data
+    sampler = data.train_sampler(rank=0, world_size=processes)  # refuses a batch over the data
+    module: SuiteModule = spec.module(
+        model,
+        options=config.task,
+        info=splits.info,
+        optim=config.optim,
+        identity=identity(config, factory),
+        seed=config.seed,
+        nominal=config.data.batch_size // (processes * accumulate),
+        steps_per_epoch=max(1, len(sampler) // accumulate),
+    )
     return Parts(config, spec, factory, module, data, notes)
 
 

@@ -252,9 +252,9 @@ class ProgressLines(Callback, Observer):
 
     @rank_zero_only
     def _say(self, module: L.LightningModule, text: str) -> None:
-        total = module.trainer.estimated_stepping_batches
+        total = module.total_steps() if isinstance(module, SuiteModule) else None
         seconds = time.perf_counter() - self._start
-        print(f"[{seconds:7.1f} s] step {module.trainer.global_step}/{total}  {text}", flush=True, file=sys.stderr)
+        print(f"[{seconds:7.1f} s] step {module.trainer.global_step}{f'/{total}' if total else ''}  {text}", flush=True, file=sys.stderr)
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._start = time.perf_counter()

@@ -41,7 +41,8 @@ def draw_curves(blocks: Sequence[Block], path: Path, *, metric: str | None = Non
     ]
     panels = [(block, rows) for block, rows in panels if any(_curves(row, block) for row in rows)]
     if not panels:
-        return f"{path.name} was not made: no run has a val/{metric or 'metric'} in metrics.jsonl"
+        keys = ", ".join(sorted({f"val/{block.metric}" for block in blocks}))
+        return f"{path.name} was not made: no run has {keys} in its metrics.jsonl"
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -107,7 +107,7 @@ class SuiteModule(L.LightningModule):
     model: the network. options: the task's own settings. info: of the data.
     optim: the optimizer's settings. identity: plain dict that travels in every checkpoint (task,
     model, norm, resolved config). nominal: examples of one micro-batch of one process, which scales
-    the loss to about 1 before the exact rescaling.
+    the loss to about 1 before the exact rescaling. steps_per_epoch: optimizer steps of an epoch.
     """
 
     def __init__(
@@ -120,10 +120,12 @@ class SuiteModule(L.LightningModule):
         identity: Mapping[str, Any],
         seed: int,
         nominal: int,
+        steps_per_epoch: int = 1,
     ) -> None:
         super().__init__()
         self.model, self.options, self.info, self.optim = model, options, info, optim
         self.identity, self.seed, self.nominal = dict(identity), seed, nominal
+        self.steps_per_epoch = steps_per_epoch
         self.split_metrics = nn.ModuleDict({s: self.metrics().clone(prefix=f"{s}/") for s in ("val", "test")})
         self.window, self.epoch_totals = Sums(), {"loss": 0.0, "_count": 0.0}
         self.eval_sums: dict[str, Sums] = {"val": Sums(), "test": Sums()}
@@ -236,22 +238,32 @@ class SuiteModule(L.LightningModule):
         for logger in self.trainer.loggers:
             logger.log_metrics({**values, "epoch": self.current_epoch}, step=step)
 
+    def total_steps(self) -> int | None:
+        """Optimizer steps of the whole run; None without max_epochs and max_steps.
+
+        Not Lightning's estimate, which starts the data loader before a resumed position is restored.
+        """
+        limits = []
+        if self.trainer.max_steps != -1:
+            limits.append(self.trainer.max_steps)
+        if self.trainer.max_epochs not in (None, -1):
+            limits.append(self.trainer.max_epochs * self.steps_per_epoch)
+        return min(limits) if limits else None
+
     def configure_optimizers(self) -> Any:
-        total = self.trainer.estimated_stepping_batches
-        if total == float("inf"):
-            if self.optim.schedule != "constant":
-                raise ConfigError(
-                    f"optim.schedule={self.optim.schedule} needs to know the number of steps: "
-                    "set trainer.max_epochs or trainer.max_steps, or optim.schedule=constant"
-                )
-            total = 1
-        per_epoch = max(1, int(self.trainer.num_training_batches) // self.trainer.accumulate_grad_batches)
+        total = self.total_steps()
+        if total is None and self.optim.schedule != "constant":
+            raise ConfigError(
+                f"optim.schedule={self.optim.schedule} needs to know the number of steps: "
+                "set trainer.max_epochs or trainer.max_steps, or optim.schedule=constant"
+            )
+        total = total or 1
         fused = self.optim.fused
         if fused is None:
             fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
         optimizer = build_optimizer(self.model, self.optim, fused=fused)
-        warmup = warmup_steps(self.optim, total=int(total), per_epoch=per_epoch)
-        factor = schedule(self.optim, total=int(total), warmup=warmup)
+        warmup = warmup_steps(self.optim, total=total, per_epoch=self.steps_per_epoch)
+        factor = schedule(self.optim, total=total, warmup=warmup)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -121,8 +121,18 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tup
 
 
 def plain(value: Any) -> str:
-    """A value as JSON text, for comparing and for showing."""
-    return json.dumps(value, sort_keys=True, default=str)
+    """A value as JSON text, for comparing and for showing; 1.0 is 1, as YAML and JSON have both."""
+    return json.dumps(_canonical(value), sort_keys=True, default=str)
+
+
+def _canonical(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(inner) for inner in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        return int(value)
+    return value
 
 
 @dataclass(frozen=True)

@@ -95,28 +95,27 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def write_files(
     out: Path, *, blocks: Sequence[Block], options: Options, split: str | None, command: str
-) -> list[str]:
-    """Write report.md, report.csv and curves.png; returns a line for each that could not be made.
+) -> tuple[list[str], list[str]]:
+    """Write report.md, report.csv and curves.png to `out`.
 
-    Raises ConfigError when `out` cannot be written.
+    Returns the names written, and a line for what could not be made. Raises ConfigError when `out`
+    cannot be written.
     """
+    image = out / "curves.png"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        image.unlink(missing_ok=True)  # an older one would be taken for this report's
+        problem = draw_curves(blocks, path=image)
+        name = None if problem else image.name
+        page = markdown(blocks, options=options, split=split, command=command, image=name)
         (out / "report.csv").write_text(csv_text(blocks, options=options), encoding="utf-8")
-        problem = draw_curves(blocks, out / "curves.png", metric=options.metric)
-        page = markdown(
-            blocks,
-            options=options,
-            split=split,
-            command=command,
-            image=None if problem else "curves.png",
-        )
         (out / "report.md").write_text(page, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"{out}: cannot be written ({error.strerror}); choose another --out"
         ) from None
-    return [problem] if problem else []
+    written = ["report.md", "report.csv", *([name] if name else [])]
+    return written, [problem] if problem else []
 
 
 def main(
@@ -133,10 +132,12 @@ def main(
         select = tuple(key for text in given.select for key in text.split(","))
         options = Options(given.by, given.baseline, select, given.metric)
         blocks = compare(runs, options=options, **({"defaults": defaults} if defaults else {}))
+        written: list[str] = []
         if given.out:
-            skipped += write_files(
+            written, problems = write_files(
                 given.out, blocks=blocks, options=options, split=given.split, command=command
             )
+            skipped += problems
     except ConfigError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -151,7 +152,7 @@ def main(
         console = Console(width=None if sys.stdout.isatty() else PIPED_WIDTH)
         print_terminal(blocks, options=options, split=given.split, console=console)
     if given.out:
-        print(f"written: {given.out}/report.md, report.csv, curves.png", file=sys.stderr)
+        print(f"written to {given.out}: {', '.join(written)}", file=sys.stderr)
     return 0
 
 

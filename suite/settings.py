@@ -222,7 +222,7 @@ class RunConfig:
 
     dir: its folder; null numbers a new one, runs/<task>/<model>-<norm>-seed<k>-<n>.
     resume: "never", or the folder or checkpoint of the run to go on with.
-    save_every_n_steps: write checkpoints/last.ckpt every so many steps, besides at each epoch's end.
+    save_every_n_steps: write checkpoints/last.ckpt every so many steps, besides after each epoch.
     dist_timeout: seconds that a process waits for the others before it gives up.
     compile: false, or a mode of torch.compile.
     eval_split: what `evaluate=` and the end of a run measure.

@@ -1,5 +1,4 @@
-"""Normalization layers as one argument: a table of norms, a factory, and the audit that keeps a
-swap honest.
+"""Normalization layers as one argument: a table, a factory, and the audit that keeps it honest.
 
     from suite.norms import make_norm
     norm = make_norm("dyt")                     # or "my_package.my_norm:MyNorm"

@@ -1,6 +1,4 @@
-"""Which norms a model really holds: the difference between a swap that was asked for and one that
-happened.
-"""
+"""Which norms a model really holds: a swap that was asked for is not yet one that happened."""
 
 from __future__ import annotations
 
@@ -70,8 +68,9 @@ def foreign_norms(
 
 
 def norm_parameters(model: nn.Module) -> list[str]:
-    """Names (as in named_parameters) of the parameters of every norm, ours or not: weight decay
-    goes by this role.
+    """Names (as in named_parameters) of the parameters of every norm, ours or not.
+
+    Weight decay goes by this role.
     """
     norms = [module for _, module in norm_modules(model)]
     norms += [module for module in model.modules() if is_norm(module)]

@@ -1,5 +1,4 @@
-"""From a name to norm layers: `make_norm(name, options)` gives the one argument `norm` that every
-model takes.
+"""From a name to norm layers: `make_norm` gives the one argument `norm` that every model takes.
 
 The model calls it with what it was published with (eps, bias, affine) and with the site; options
 that are not None win.
@@ -23,8 +22,7 @@ from suite.norms.table import NORMS, NormSpec
 
 
 class NormFactory:
-    """Makes the norm `name` with `options`. `norm(dim, site="attn")` is an nn.Module whose forward
-    is (x, mask=None).
+    """`norm(dim, site="attn")` is an nn.Module whose forward is (x, mask=None).
 
     name, options: as chosen. causal: whether no position sees another, at any site.
     """
@@ -73,9 +71,7 @@ class NormFactory:
 
 
 def _at_site(name: str, options: Any) -> NormFactory:
-    """The factory of a by_site entry: these options where the norm takes the same type, else its
-    defaults.
-    """
+    """A by_site entry's factory: with these options if of the same type, else its defaults."""
     try:
         spec = _spec(name)
         same = type(spec.options) is type(options)
@@ -87,8 +83,7 @@ def _at_site(name: str, options: Any) -> NormFactory:
 
 
 def make_norm(name: str, options: Any = None) -> NormFactory:
-    """The factory of a norm by its name in NORMS, or of a class of your own:
-    "my_package.my_norm:MyNorm".
+    """The factory of a norm in NORMS, or of your own class as "my_package.my_norm:MyNorm".
 
     options: an instance of the norm's options dataclass (`options_of(name)`); None is its defaults.
     Your class is called as MyNorm(dim, site=, channels_first=, eps=, bias=, affine=) with as many
@@ -137,9 +132,7 @@ def register(
 
 
 def norm_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(path, module) of every norm in `model` that a factory made; a shared one comes once, by its
-    first path.
-    """
+    """(path, module) of every norm that a factory made; a shared one once, by its first path."""
     for path, module in model.named_modules():
         if "norm_name" in vars(module):
             yield path, module

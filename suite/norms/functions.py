@@ -6,9 +6,9 @@ tanh is DyT (arXiv 2503.10622), erf is Derf and the others are the ones that the
 The published code of several of these is not usable as it stands, and zero-padded frames meet all
 of it:
 
-- exproot and power23_clip have an infinite slope at 0, and as published a NaN gradient at exactly 0.
-  Here it is 0 there, by choice: a padded frame gives no gradient. Off zero it is the true one, which
-  grows like |u|^-1/2 and |u|^-1/3.
+- exproot and power23_clip have an infinite slope at 0, and as published a NaN gradient there.
+  Here it is 0, by choice: a padded frame gives no gradient. Off zero it is the true one,
+  which grows like |u|^-1/2 and |u|^-1/3.
 - functions written with sign(u) have gradient 0 at exactly 0. Here it is the true one.
 - isru, relsign and cubsign overflow to 0 or NaN for large inputs. Here u is clamped where f is
   constant in floating point.
@@ -38,9 +38,7 @@ def _clamp(u: Tensor, limit: float) -> Tensor:
 
 
 def _sign(u: Tensor) -> Tensor:
-    """-1 or 1, and 1 at 0, so that s * g(s * u) has the slope g'(0) at 0 where sign(u) * g(|u|) has
-    0.
-    """
+    """-1 or 1, and 1 at 0: s * g(s * u) has the slope g'(0) at 0, where sign(u) * g(|u|) has 0."""
     return torch.where(u < 0, -1.0, 1.0).to(u.dtype)
 
 
@@ -51,8 +49,7 @@ def _safe_power(a: Tensor, exponent: float) -> Tensor:
 
 
 def tanh(u: Tensor) -> Tensor:
-    """tanh, in a form that torch.compile vectorises: 1 - 2 / (e^2u + 1), with a series near 0 where
-    that cancels.
+    """tanh; while compiling as 1 - 2 / (e^2u + 1), with a series near 0 where that cancels.
 
     Inductor's own tanh is a slow library call; this form is 2.6 times faster, but slower in eager
     mode, so it is used only while compiling. Unclamped its gradient is NaN from u = 44. Absolute
@@ -79,9 +76,7 @@ def isru(u: Tensor) -> Tensor:
 
 
 def dyisru(u: Tensor, *, dim: int) -> Tensor:
-    """u / sqrt(1 + u^2 / C): with u = alpha x this is sqrt(C) x / sqrt(beta + x^2) for beta = C /
-    alpha^2.
-    """
+    """u / sqrt(1 + u^2 / C): for u = alpha x, sqrt(C) x / sqrt(beta + x^2), beta = C / alpha^2."""
     v = _clamp(u, _BIG)
     return v / torch.sqrt(1 + v * v / dim)
 
@@ -161,12 +156,11 @@ def power23_clip(u: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PointwiseFunction:
-    """One row: f, the same f in plain torch, its slope at 0, sup |f|, and whether its paper gives
-    it a shift.
+    """One row of the table.
 
-    forward: what runs by default. plain: never changed by compilation (`backend="eager"`).
-    slope: f'(0) as autograd gives it here (docs say where it is chosen). supremum: of |f| over the
-    reals.
+    forward: f, as it runs by default. plain: the same, never changed by compilation
+    (`backend="eager"`), where that differs. shift: whether its paper gives it one.
+    slope: f'(0) as autograd gives it here. supremum: of |f| over the reals.
     by_dim: f(u, dim=) where it depends on the channels; its supremum is sqrt(dim) (only DyISRU).
     """
 

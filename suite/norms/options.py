@@ -64,9 +64,7 @@ class StatisticsOptions(NormOptions):
 
 @dataclass(frozen=True)
 class BatchNormOptions(StatisticsOptions):
-    """sync: statistics over all ranks (needs GPUs). momentum: weight of the newest batch in the
-    running ones.
-    """
+    """sync: statistics over all ranks (needs GPUs). momentum: the newest batch's weight."""
 
     sync: bool = True
     momentum: float = 0.1
@@ -79,9 +77,7 @@ class BatchNormOptions(StatisticsOptions):
 
 @dataclass(frozen=True)
 class GroupNormOptions(StatisticsOptions):
-    """groups: how many; None takes the most, up to 32, that divide the channels with at least 8 in
-    each.
-    """
+    """groups: None takes the most, up to 32, that leave at least 8 channels in each."""
 
     groups: int | None = None
 

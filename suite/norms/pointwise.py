@@ -119,7 +119,7 @@ class PointwiseNorm(nn.Module):
 
     @torch.no_grad()
     def saturation(self, x: Tensor) -> Tensor:
-        """Share (0..1, a float32 scalar) of x's elements with |f(alpha x + shift)| > 0.95 sup|f|."""
+        """Share (0..1, float32 scalar) of x's elements with |f(alpha x + shift)| > 0.95 sup|f|."""
         alpha, shift = (self._along_channels(p, x) for p in (self.alpha, self.shift))
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         y = _formula(x, alpha, shift, None, None, self.f)

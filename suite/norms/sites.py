@@ -1,5 +1,4 @@
-"""Where in a model a norm stands: a closed set of sites, so that alpha and the norm itself can
-differ per site.
+"""Where in a model a norm stands: a closed set, so that alpha and the norm may differ by site.
 
 Published runs need it: LLaMA 7B with DyT uses alpha 0.8 before attention and 0.2 elsewhere (arXiv
 2503.10622, table 10), and wav2vec 2.0 keeps the data norm of its feature extractor.

@@ -1,5 +1,4 @@
-"""The norms that compute statistics: LayerNorm, RMSNorm, BatchNorm, GroupNorm, ScaleNorm, and
-Identity.
+"""The norms that compute statistics: Layer-, RMS-, Batch-, Group- and ScaleNorm; and Identity.
 
 Thin wraps of torch's functions that add what comparing norms across domains needs: one constructor,
 any layout ([B, T, C], [B, H, W, C], and with channels_first [B, C, T], [B, C, H, W]), padding, and
@@ -23,9 +22,7 @@ from torch import Tensor, nn
 
 
 def _compute_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
-    """float32 or wider, or x's own where all parameters share it (the kernel then accumulates in
-    float32).
-    """
+    """float32 or wider; x's own where all parameters share it (kernels accumulate in float32)."""
     present = [p.dtype for p in parameters if p is not None]
     if present and all(dtype == x.dtype for dtype in present):
         return x.dtype
@@ -44,8 +41,9 @@ def _valid(mask: Tensor, z: Tensor) -> Tensor:
 
 
 class _StatisticsNorm(nn.Module):
-    """Learned scale and offset per channel, and the layout. `published_bias`: whether the published
-    norm has one.
+    """Learned scale and offset per channel, and the layout.
+
+    published_bias: whether the norm has a bias by its paper.
     """
 
     published_bias = True
@@ -107,8 +105,9 @@ class LayerNorm(_StatisticsNorm):
 
 
 class RMSNorm(_StatisticsNorm):
-    """x / sqrt(mean x^2 + eps) over the channels of each position (arXiv 1910.07467). No bias
-    unless asked for.
+    """x / sqrt(mean x^2 + eps) over the channels of each position (arXiv 1910.07467).
+
+    No bias unless it is asked for.
     """
 
     published_bias = False
@@ -122,8 +121,9 @@ class RMSNorm(_StatisticsNorm):
 
 
 class ScaleNorm(RMSNorm):
-    """weight * sqrt(C) x / |x| with one learned scalar (arXiv 1910.05895), eps as in RMSNorm. No
-    bias unless asked for.
+    """weight * sqrt(C) x / |x| with one learned scalar (arXiv 1910.05895), eps as in RMSNorm.
+
+    No bias unless it is asked for.
     """
 
     def _scales(self) -> int:
@@ -194,21 +194,21 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def _moments(z: Tensor, valid: Tensor | None, *, over_ranks: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [C], biased variance [C] and count [] over all positions of z [..., C] that are valid,
-    on all ranks.
-    """
+    """Mean [C], biased variance [C] and count [] over the valid positions of z [..., C]."""
+
+    def kept(values: Tensor) -> Tensor:
+        return values if valid is None else torch.where(valid, values, 0)
 
     def total(values: Tensor) -> Tensor:
-        kept = values if valid is None else torch.where(valid, values, 0)
-        summed = kept.reshape(-1, z.shape[-1]).sum(0)
+        summed = values.reshape(-1, z.shape[-1]).sum(0)
         return _SumOverRanks.apply(summed) if over_ranks else summed
 
     count = z.new_tensor(z[..., 0].numel()) if valid is None else valid.sum().to(z.dtype)
     if over_ranks:
         dist.all_reduce(count)
     some = count.clamp(min=1)
-    mean = total(z) / some
-    return mean, total((z - mean).square()) / some, count
+    mean = total(kept(z)) / some
+    return mean, total(kept(z - mean).square()) / some, count
 
 
 class BatchNorm(_StatisticsNorm):
@@ -230,9 +230,18 @@ class BatchNorm(_StatisticsNorm):
     ) -> None:
         super().__init__(dim, **layout)
         self.sync, self.momentum = sync, momentum
-        self.register_buffer("running_mean", torch.zeros(dim))
-        self.register_buffer("running_var", torch.ones(dim))
+        self.register_buffer("running_mean", torch.empty(dim))
+        self.register_buffer("running_var", torch.empty(dim))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """weight at 1, bias at 0, running mean 0 and variance 1, nothing tracked."""
+        super().reset_parameters()
+        if "running_mean" in self._buffers:  # not yet while the base class is being built
+            self.running_mean.zero_()
+            self.running_var.fill_(1)
+            self.num_batches_tracked.zero_()
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         z = self._last(x).to(torch.promote_types(x.dtype, torch.float32))

@@ -1,5 +1,4 @@
-"""Put a norm of the table into a model that was written by others (timm, torchvision, torchaudio,
-transformers).
+"""Put a norm into a model written by others (timm, torchvision, torchaudio, transformers).
 
 The published converters test `isinstance(m, nn.LayerNorm)` and rebuild. So they convert subclasses
 whose forward does something else, skip RMSNorms, give float32 CPU layers to bf16 GPU models, add a
@@ -214,9 +213,7 @@ def _problem(module: nn.Module, paths: list[str]) -> str:
 
 
 def _transformers_rms(module: Any) -> bool:
-    """transformers' many LlamaRMSNorm-like classes: by name, with one weight over the channels and
-    nothing else.
-    """
+    """transformers' many RMSNorms: by name, with one weight over the channels and no more."""
     cls = type(module)
     if cls.__module__.split(".")[0] not in ("transformers", "transformers_modules"):
         return False
@@ -229,9 +226,7 @@ def _transformers_rms(module: Any) -> bool:
 
 
 def _like(module: nn.Module, path: str, modules: Mapping[str, nn.Module]) -> Tensor | None:
-    """A tensor whose device and dtype the new norm takes: the old norm's, else that of the nearest
-    module around it.
-    """
+    """The tensor whose device and dtype the new norm takes: the old norm's, or the nearest."""
     while True:
         tensors = (
             [*modules[path].parameters(), *modules[path].buffers()]
@@ -298,9 +293,7 @@ def _dim(norm: Any) -> int:
 
 @torch.no_grad()
 def _carry(old: nn.Module, new: nn.Module, tied: dict[int, nn.Parameter], *, values: bool) -> None:
-    """requires_grad, and with `values` weight and bias, from old to new; a parameter seen before
-    stays shared.
-    """
+    """requires_grad, and with `values` weight and bias, to new; tied parameters stay tied."""
     before = dict(old.named_parameters(recurse=False))
     trains = any(p.requires_grad for p in before.values()) or not before
     for name, parameter in list(new.named_parameters()):

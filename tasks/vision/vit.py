@@ -201,10 +201,8 @@ class ViT(nn.Module):
             nn.init.normal_(self.cls_token, std=CLASS_TOKEN_STD)
         if init == "torch":
             return  # every layer has already drawn PyTorch's defaults
-        for module in self.modules():
-            if isinstance(
-                module, nn.Linear
-            ):  # timm leaves the patch convolution at PyTorch's default
+        for module in self.modules():  # timm, too, leaves the patch convolution as it is
+            if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -267,9 +265,8 @@ def scale_embedding(model: ViT, images: Tensor) -> float:
             "projection to tokens of RMS 1"
         )
     scale = ((-b + (b * b - a * c).sqrt()) / a).item()
-    model.patch_embed.proj.weight.mul_(scale)
-    if model.patch_embed.proj.bias is not None:
-        model.patch_embed.proj.bias.mul_(scale)
+    for parameter in model.patch_embed.parameters():
+        parameter.mul_(scale)
     return before
 
 

@@ -67,8 +67,10 @@ if do == "orphan":
 if do == "stubborn":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 if do in ("hang", "stubborn"):
-    open(folder + "/here", "w").write(str(os.getpid()))
     try:
+        with open(folder + "/.here", "w") as file:
+            file.write(str(os.getpid()))
+        os.rename(folder + "/.here", folder + "/here")
         time.sleep(60)
     except KeyboardInterrupt:
         result("interrupted")
@@ -381,7 +383,6 @@ def test_a_stopped_sweep_ends_its_children_and_goes_on_later(
     process = start_sweep(tmp_path, "do=ok,hang,fail", "seed=0")
     try:
         wait_for((out / "do-hang" / "here").is_file)
-        time.sleep(0.05)  # `here` is written just before the fake can take the signal
         child = int((out / "do-hang" / "here").read_text())
         process.send_signal(number)
         printed, _ = process.communicate(timeout=15)

@@ -1,0 +1,57 @@
+"""Runs several command lines in one process (or one of several), on the first N real images.
+
+usage: worker.py COMMANDS.json, a list of argument lists. Started by test_ddp.py with the environment
+that torchrun would give.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from suite.data import Splits
+from suite.registry import Choice, load_task
+from suite.train import main
+from tasks.vision.data import VisionDataOptions, build_mini
+
+
+@dataclass(frozen=True)
+class FirstOptions(VisionDataOptions):
+    """The first `size` images of each split."""
+
+    size: int = 7
+
+
+class First:
+    """The first images of a split."""
+
+    def __init__(self, split, size: int) -> None:  # type: ignore[no-untyped-def]
+        self.split, self.size = split, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def fetch(self, indices: list[int], *, epoch: int, train: bool) -> dict[str, torch.Tensor]:
+        return self.split.fetch(indices, epoch=epoch, train=train)
+
+
+def build_first(options: FirstOptions, *, seed: int) -> Splits:
+    whole = build_mini(options, seed=seed)
+    n = options.size
+    sizes = {name: n for name in ("train", "val", "test")}
+    info = replace(whole.info, name="first", sizes=sizes)
+    return Splits(First(whole.train, n), First(whole.val, n), First(whole.test, n), info)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    table = load_task("vision/classify").data
+    table["first"] = Choice(FirstOptions(), build_first, "the first images")  # type: ignore[index]
+    for arguments in json.loads(Path(sys.argv[1]).read_text()):
+        code = main(arguments)
+        if code:
+            sys.exit(code)
