@@ -26,24 +26,24 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("state_dict", "model_ema", "model")  # where published files keep their weights
 
 
-def find_checkpoint(path: str | Path, *, prefer: str) -> Path:
-    """The checkpoint that a run's folder or a file's path means. prefer: "best" or "last".
+def find_checkpoint(path: str | Path, *, key: str, prefer: str) -> Path:
+    """The checkpoint that a run's folder or a file's path means. key: what to call it in errors; prefer: "best" or "last".
 
     Raises ConfigError if there is none.
     """
     path = Path(path).expanduser()
     if path.is_file():
         if path.suffix not in SUFFIXES:
-            raise ConfigError(f"{path}: not a weights file; allowed: {', '.join(SUFFIXES)}")
+            raise ConfigError(f"{key}={path}: not a weights file; allowed: {', '.join(SUFFIXES)}")
         return path
     if not path.is_dir():
-        raise ConfigError(f"{path}: no such run or file")
+        raise ConfigError(f"{key}={path}: no such run or file")
     other = {"best": "last", "last": "best"}[prefer]
     for name in (prefer, other):
         found = path / "checkpoints" / f"{name}.ckpt"
         if found.is_file():
             return found
-    raise ConfigError(f"{path}: has no checkpoints/best.ckpt or last.ckpt, so it is not a run's folder")
+    raise ConfigError(f"{key}={path}: has no checkpoints/best.ckpt or last.ckpt to start from")
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def init_from(
     norm: the chosen factory's description. across_norms: load what both norms have.
     Raises ConfigError if names or shapes differ, or the norm does and across_norms is off.
     """
-    file = find_checkpoint(path, prefer="best")
+    file = find_checkpoint(path, key="model.init_from", prefer="best")
     return read_weights(model, file, norm=norm, key="model.init_from", across_norms=across_norms)
 
 

@@ -8,6 +8,7 @@ of. Colours are Okabe and Ito's, which people with colour-blindness tell apart (
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +27,8 @@ STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
 INCHES = (9.0, 4.6)  # width and height of one panel
 DPI = 150
+MOST_PIXELS = 60_000  # in height; matplotlib refuses 65,536
+LABEL_WIDTH = 34  # characters
 
 
 def draw_curves(blocks: Sequence[Block], path: Path, *, metric: str | None = None) -> str | None:
@@ -51,9 +54,11 @@ def draw_curves(blocks: Sequence[Block], path: Path, *, metric: str | None = Non
     figure = Figure(figsize=(INCHES[0], INCHES[1] * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(len(panels), squeeze=False)[:, 0]
+    # One look a label in all panels, so that a norm is recognised from one to the next.
+    labels = list(dict.fromkeys(row.label for _, rows in panels for row in rows))
     for axes, (block, rows) in zip(all_axes, panels, strict=True):
-        _draw_panel(axes, block=block, rows=rows)
-    figure.savefig(path, dpi=DPI)
+        _draw_panel(axes, block=block, rows=rows, labels=labels)
+    figure.savefig(path, dpi=min(DPI, MOST_PIXELS / figure.get_figheight()))
     return None
 
 
@@ -63,12 +68,12 @@ def _curves(row: Row, block: Block) -> list[dict[int, float]]:
     return [curve for curve in found if curve]
 
 
-def _draw_panel(axes: Axes, *, block: Block, rows: Sequence[Row]) -> None:
-    for number, row in enumerate(rows):
-        _draw_row(axes, row=row, curves=_curves(row, block), number=number)
+def _draw_panel(axes: Axes, *, block: Block, rows: Sequence[Row], labels: Sequence[str]) -> None:
+    for row in rows:
+        _draw_row(axes, row=row, curves=_curves(row, block), number=labels.index(row.label))
     title = block.title
     if rows[0].differs:
-        title += f"\n{rows[0].differs[:100]}"
+        title += f"\n{textwrap.shorten(rows[0].differs, 100)}"
     axes.set_title(title, loc="left", fontsize=11)
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel(
@@ -90,12 +95,12 @@ def _draw_panel(axes: Axes, *, block: Block, rows: Sequence[Row]) -> None:
 
 def _draw_row(axes: Axes, *, row: Row, curves: Sequence[dict[int, float]], number: int) -> None:
     if not curves:
-        axes.plot([], [], " ", label=f"{row.label}: no curve ({_runs_text(row)})")
+        axes.plot([], [], " ", label=_wrap(f"{row.label}: no curve ({_runs_text(row)})"))
         return
     # Steps that every seed has: a mean over fewer would jump where a shorter run ends.
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))
     colour = COLOURS[number % len(COLOURS)]
-    style = STYLES[(number // len(COLOURS) + number) % len(STYLES)]
+    style = STYLES[number % len(STYLES)]
     values = [[curve[step] for curve in curves] for step in steps]
     axes.fill_between(
         steps,
@@ -114,8 +119,13 @@ def _draw_row(axes: Axes, *, row: Row, curves: Sequence[dict[int, float]], numbe
         marker=MARKERS[number % len(MARKERS)],
         markersize=4.5,
         markevery=max(1, len(steps) // 10),
-        label=f"{row.label} ({_runs_text(row)})",
+        label=_wrap(f"{row.label} ({_runs_text(row)})"),
     )
+
+
+def _wrap(label: str) -> str:
+    """Fold a long label, which would otherwise push the axes together."""
+    return "\n".join(textwrap.wrap(label, LABEL_WIDTH))
 
 
 def _runs_text(row: Row) -> str:

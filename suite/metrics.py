@@ -7,6 +7,7 @@ Reserved in every task: `<split>/loss`, `<split>/<primary>`, `grad_norm`, `lr`,
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -52,14 +53,25 @@ class JsonlLogger(Logger):
             row["epoch"] = int(metrics["epoch"])
         row.update({k: float(v) for k, v in metrics.items() if k != "epoch"})
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(plain(row), allow_nan=False) + "\n")
+
+
+def plain(value: Any) -> Any:
+    """What JSON can hold: floats to the seven digits that float32 has, non-finite ones as null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    return value
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of it."""
+    text = json.dumps(plain(content), indent=2, allow_nan=False)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".tmp-", delete=False) as file:
-        json.dump(content, file, indent=2, default=float)
-        file.write("\n")
+        file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
     os.replace(file.name, path)

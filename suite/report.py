@@ -25,7 +25,7 @@ from suite.records import find_runs
 from suite.rows import SPLITS, Options
 from suite.tables import csv_text, facts, legend, markdown, notes_of, overview, table_of
 
-PIPED_WIDTH = 160  # characters; a pipe has no width, and 80 would fold every figure
+PIPED_WIDTH = 200  # characters; a pipe has no width, and 80 would fold every figure
 HELP = """\
 examples:
   python -m suite.report runs/sweeps/vision-classify-1a2b3c4d --out report

@@ -138,8 +138,8 @@ def train(config: Config, *, command: str) -> int:
     record = Record(config, parts, trainer, folder, command, started, {})
     if resume is None:
         initialise(parts)
-    introduce(parts, trainer, folder)
     open_folder(config, folder, fresh=resume is None)
+    introduce(parts, trainer, folder)
     try:
         fit(parts, trainer, resume)
         record.test = test(parts, trainer, folder)
@@ -274,7 +274,7 @@ def run_folder(path: Path) -> Path:
 
 def resumed_checkpoint(config: Config) -> Path:
     """The checkpoint that run.resume means. Raises ConfigError if the config is another one."""
-    checkpoint = find_checkpoint(config.run.resume, prefer="last")
+    checkpoint = find_checkpoint(config.run.resume, key="run.resume", prefer="last")
     saved = read_checkpoint(checkpoint).get("suite")
     if not isinstance(saved, Mapping):
         raise ConfigError(f"run.resume={checkpoint}: was not written by this suite")
@@ -296,7 +296,7 @@ def evaluate(config: Config, *, command: str) -> int:
     quiet()
     assert config.evaluate is not None
     processes = check_devices(config)
-    file = find_checkpoint(config.evaluate, prefer="best")
+    file = find_checkpoint(config.evaluate, key="evaluate", prefer="best")
     parts = build_parts(config, processes=processes)
     norm = build_norm(config).describe()
     for note in read_weights(parts.module.model, file, norm=norm, key="evaluate"):

@@ -136,7 +136,7 @@ def run_main(tmp_path: Path, *argv: str) -> int:
     return main([str(tmp_path / "runs"), *argv], defaults=defaults)
 
 
-# -- means and differences --------------------------------------------------------------------------
+# -- means and differences -----------------------------------------------------------------------
 
 
 def test_mean_and_sample_standard_deviation_over_seeds(write: Write, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_another_metric_can_be_shown(write: Write, tmp_path: Path) -> None:
     assert row.stats["test"].mean == 1.25
 
 
-# -- what is kept apart -----------------------------------------------------------------------------
+# -- what is kept apart --------------------------------------------------------------------------
 
 
 def test_runs_of_another_configuration_are_flagged_and_never_averaged(
@@ -278,7 +278,7 @@ def test_models_can_be_the_rows(write: Write, tmp_path: Path) -> None:
     assert rows["big"].to_baseline["val"].mean == pytest.approx(0.1)
 
 
-# -- runs that failed, or were run twice ------------------------------------------------------------
+# -- runs that failed, or were run twice ---------------------------------------------------------
 
 
 def test_failed_and_diverged_runs_are_counted_and_shown_and_in_no_mean(
@@ -321,7 +321,7 @@ def test_a_done_run_without_a_finite_figure_is_said_and_not_averaged(
     assert any("no val figure for seed 1" in note for note in row.notes)
 
 
-# -- choosing a learning rate -----------------------------------------------------------------------
+# -- choosing a learning rate --------------------------------------------------------------------
 
 
 def test_the_choice_is_made_on_val_though_test_would_choose_otherwise(
@@ -383,7 +383,7 @@ def test_without_select_two_learning_rates_are_two_rows(write: Write, tmp_path: 
     assert rows_of(tmp_path)["layernorm*"].differs == "optim.lr 0.002 (not 0.001)"
 
 
-# -- files ------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------
 
 
 def two_norms(write: Write) -> None:
@@ -507,7 +507,7 @@ def test_the_page_and_the_csv_can_be_had_from_python(write: Write, tmp_path: Pat
     assert csv_text(blocks, options=options).count("\n") == 2
 
 
-# -- bad input --------------------------------------------------------------------------------------
+# -- bad input -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -577,7 +577,7 @@ def test_an_unknown_select_key_raises_from_python(write: Write, tmp_path: Path) 
         compare(runs, options=Options(select=("seed",)), defaults=defaults)
 
 
-# -- small things -----------------------------------------------------------------------------------
+# -- small things --------------------------------------------------------------------------------
 
 
 def test_figures_are_short() -> None:

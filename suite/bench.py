@@ -1,0 +1,147 @@
+"""What the suite costs, as ratios against references (`python -m suite.bench WHAT ...`).
+
+A time depends on the machine and on what else runs on it; a ratio of two things that are timed in
+turn depends far less. So every command here times ours and the reference round by round, in random
+order, and prints the median ratio with its spread. One command a line in `COMMANDS`; nothing heavy
+is imported before a command is known to be right.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from suite.errors import ConfigError, DivergedError
+from suite.registry import check_choice
+from suite.train import INTERRUPTED, complain, say
+
+MIN_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Command:
+    """One thing that can be measured. run: its arguments -> exit code; help: a line for `--help`."""
+
+    run: Callable[[Sequence[str]], int]
+    help: str
+
+
+def step(argv: Sequence[str]) -> int:
+    """Time a training step of the suite against a plain loop and print what was found."""
+    if {"--help", "-h"} & set(argv):
+        print(STEP_HELP)
+        return 0
+    as_json = "--json" in argv
+    own, rest = split_tokens([a for a in argv if a != "--json"], own=("rounds", "steps"))
+    rounds = whole_number("rounds", own.get("rounds", str(MIN_ROUNDS)), low=MIN_ROUNDS)
+    steps = whole_number("steps", own["steps"], low=1) if "steps" in own else None
+
+    from suite.config import load
+
+    loaded = load(rest)
+    if loaded.action != "train":
+        flag = loaded.action.replace("_", "-")
+        raise ConfigError(f"suite.bench step times training and takes no {flag}; leave it out")
+    for note in loaded.notes:
+        say(f"note: {note}")
+
+    from suite.steptime import measure
+
+    found = measure(loaded.settled, rounds=rounds, steps=steps)
+    print(json.dumps(found.to_dict(), indent=2) if as_json else found.to_text())
+    return 0
+
+
+COMMANDS: dict[str, Command] = {
+    "step": Command(step, "a training step of the suite against a plain PyTorch loop"),
+}
+
+
+def split_tokens(
+    argv: Sequence[str], *, own: Sequence[str]
+) -> tuple[dict[str, str], list[str]]:
+    """The values of a command's own keys, and the other tokens. Raises ConfigError for a repeat."""
+    values: dict[str, str] = {}
+    rest = []
+    for token in argv:
+        key, equals, value = token.partition("=")
+        if key not in own or not equals:
+            rest.append(token)
+        elif key in values:
+            raise ConfigError(f"{key} is given twice: {key}={values[key]} and {token}")
+        else:
+            values[key] = value
+    return values, rest
+
+
+def whole_number(key: str, text: str, *, low: int) -> int:
+    """`text` as a whole number of at least `low`. Raises ConfigError."""
+    if not text.isdecimal() or int(text) < low:
+        raise ConfigError(f"{key}={text}: must be a whole number, {low} or more")
+    return int(text)
+
+
+def help_text() -> str:
+    """What `--help` prints."""
+    width = max(map(len, COMMANDS)) + 2
+    listed = "\n".join(f"  {name:<{width}}{c.help}" for name, c in COMMANDS.items())
+    return HELP.format(commands=listed)
+
+
+HELP = """\
+Measure what the suite costs, as ratios against references.
+
+usage: python -m suite.bench COMMAND [key=value ...] [--json]
+
+commands
+{commands}
+
+`python -m suite.bench COMMAND --help` says what a command takes and how it measures.
+exit codes: 0 done, 1 error while running, 2 a mistake in the command, 130 interrupted"""
+
+STEP_HELP = f"""\
+Time a training step of the suite against a plain PyTorch loop over the same model and batches.
+
+usage: python -m suite.bench step [key=value ...] [rounds={MIN_ROUNDS}] [steps=N] [--json]
+
+key=value is what suite.train takes: task=, model=, norm=, data.batch_size=, trainer.accelerator=...
+rounds=N   pairs of timings, {MIN_ROUNDS} or more; the figure is the median of their ratios
+steps=N    steps that a timing holds; left out: whole logging windows that last a second or more
+--json     everything that was measured, as one JSON object
+
+ours    SuiteModule under Lightning's Trainer, as suite.train builds it: metrics, norm statistics,
+        the guard against non-finite values, throughput, JSON-lines and TensorBoard logs, checkpoint
+        callbacks and the Rich progress bar, which draws as on a terminal, to the null device
+plain   zero_grad, the task's step, backward, optimizer.step, scheduler.step
+Both start from the same weights and take the same batches, so both end with the same weights; how
+far they are apart is printed. Warm-up, start-up, validation and checkpoints are not timed.
+
+examples
+  python -m suite.bench step task=vision/classify
+  python -m suite.bench step task=vision/classify data.batch_size=32 rounds=9
+  python -m suite.bench step norm=layernorm run.norm_stats=false trainer.enable_progress_bar=false"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code. A mistake is one line on stderr, never a traceback."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in ("--help", "-h"):
+        print(help_text())
+        return 0
+    try:
+        if not words:
+            raise ConfigError(f"say what to measure, one of: {', '.join(COMMANDS)}; see --help")
+        check_choice("command", words[0], COMMANDS)
+        return COMMANDS[words[0]].run(words[1:])
+    except (ConfigError, DivergedError) as error:
+        complain(str(error))
+        return error.exit_code
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
+        complain("interrupted")
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

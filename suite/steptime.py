@@ -1,0 +1,320 @@
+"""Time of a training step: the whole stack of the suite against a plain PyTorch loop.
+
+Both sides start from the same weights, read the same batches through the same kind of loader, call
+the same task step and drive the same optimizer and schedule; what differs is everything that the
+suite and Lightning put around it. That they end with the same weights shows that the work was the
+same. (With dropout they do not: the suite reseeds every step, the plain loop does not.)
+
+How it is timed: a round is one whole `Trainer.fit` and one plain loop, in random order, each from
+the initial weights, each timed from the end of step WARMUP to the end of step WARMUP + N. So a
+timing holds N whole cycles (fetch, step, hooks, logging) and no start-up, validation or checkpoint,
+and the bar's own thread lives on our side only. N is a multiple of the logging interval where the
+epoch is long enough, so that a timing holds its share of logged windows.
+
+The task's step is on both sides, with the metrics that it computes while training; on our side
+their accumulation and logging come on top.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import statistics
+import tempfile
+import time
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import rich
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from suite.build import Parts, build_callbacks, build_parts, build_trainer, quiet
+from suite.callbacks import ProgressLines, SuiteProgressBar
+from suite.config import Config, check_devices
+from suite.errors import ConfigError
+from suite.metrics import hardware, versions
+from suite.module import SuiteModule
+from suite.optim import build_optimizer, schedule, warmup_steps
+from suite.run import initialise
+from suite.train import say
+
+WARMUP = 4
+PILOT = 5
+SECONDS = 1.0  # what a timing lasts at least, unless steps= or the epoch's length says otherwise
+TERMINAL_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Round:
+    """One pair of timings. ours, plain: seconds a step; gap: largest difference of a weight after it."""
+
+    ours: float
+    plain: float
+    gap: float
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.plain
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """What `measure` found. steps: of one timing; parts_on: the callbacks and loggers of our side."""
+
+    config: Config
+    rounds: list[Round]
+    steps: int
+    log_every: int
+    parts_on: list[str]
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        c, ratios = self.config, [r.ratio for r in self.rounds]
+        return {
+            "bench": "step",
+            "task": c.task_name,
+            "model": c.model_name,
+            "data": c.data_name,
+            "norm": c.norm_name,
+            "batch_size": c.data.batch_size,
+            "precision": c.trainer.precision,
+            "device": self.device,
+            "threads": torch.get_num_threads(),
+            "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+            "ours_ms": 1e3 * statistics.median(r.ours for r in self.rounds),
+            "plain_ms": 1e3 * statistics.median(r.plain for r in self.rounds),
+            "overhead_ms": 1e3 * statistics.median(r.ours - r.plain for r in self.rounds),
+            "weight_gap": max(r.gap for r in self.rounds),
+            "steps": self.steps,
+            "warmup": WARMUP,
+            "log_every_n_steps": self.log_every,
+            "with": self.parts_on,
+            "rounds": [asdict(r) for r in self.rounds],
+            "hardware": hardware(),
+            "versions": versions(),
+        }
+
+    def to_text(self) -> str:
+        """A few lines for a terminal."""
+        d = self.to_dict()
+        ratio, where = d["ratio"], self.device
+        if where == "cpu":
+            where = f"cpu, {d['threads']} threads"
+        return "\n".join(
+            [
+                f"step   {d['task']} {d['model']} {d['norm']}, batch {d['batch_size']}, {where}, {d['precision']}",
+                f"ours   {d['ours_ms']:.2f} ms a step",
+                f"plain  {d['plain_ms']:.2f} ms a step",
+                f"ratio  {ratio['median']:.3f}  (median of {len(self.rounds)} rounds of {self.steps} steps, "
+                f"{ratio['min']:.3f} to {ratio['max']:.3f}); overhead {d['overhead_ms']:+.2f} ms a step",
+                f"with   {', '.join(self.parts_on)}; logged every {self.log_every} steps",
+                f"check  largest difference of a weight after {WARMUP + self.steps} steps: {d['weight_gap']:.2g}",
+            ]
+        )
+
+
+def measure(config: Config, *, rounds: int, steps: int | None) -> StepTimes:
+    """Time `rounds` pairs. steps: of one timing; None: chosen from a pilot of the plain loop.
+
+    Raises ConfigError for settings that a plain loop does not have or that the data cannot serve.
+    """
+    quiet()
+    check_single(config)
+    pair = Pair(config)
+    available = len(pair.loader()) - WARMUP
+    if available < (steps or 1):
+        raise ConfigError(
+            f"steps={steps or 1}: an epoch of data.batch_size={config.data.batch_size} has "
+            f"{available + WARMUP} steps, {WARMUP} of them for warm-up; take fewer steps or a smaller batch"
+        )
+    if steps is None:
+        pilot = pair.time_plain(min(PILOT, available))
+        steps = choose_steps(pilot, every=config.trainer.log_every_n_steps, available=available)
+    found, order = [], random.Random(config.seed)
+    for number in range(rounds):
+        sides = [pair.time_ours, pair.time_plain]
+        order.shuffle(sides)
+        seconds = {side.__name__: side(steps) for side in sides}
+        done = Round(seconds["time_ours"], seconds["time_plain"], pair.gap())
+        say(
+            f"round {number + 1}/{rounds}: ours {1e3 * done.ours:.2f} ms, "
+            f"plain {1e3 * done.plain:.2f} ms, ratio {done.ratio:.3f}"
+        )
+        found.append(done)
+    every = min(config.trainer.log_every_n_steps, steps)
+    return StepTimes(config, found, steps, every, pair.parts_on, str(pair.device))
+
+
+def check_single(config: Config) -> None:
+    """Raise ConfigError for what the plain loop does not do."""
+    trainer = config.trainer
+    check_devices(config)
+    precisions = ("32-true", "bf16-mixed")
+    refused = {
+        "trainer.devices": trainer.devices not in (1, "1"),
+        "trainer.num_nodes": trainer.num_nodes != 1,
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
+        "trainer.profiler": trainer.profiler is not None,
+        "optim.ema_decay": config.optim.ema_decay is not None,
+        "run.resume": config.run.resume != "never",
+        "evaluate": config.evaluate is not None,
+    }
+    for key, wrong in refused.items():
+        if wrong:
+            raise ConfigError(f"{key}: the plain loop of suite.bench step has no such thing; leave it out")
+    if trainer.precision not in precisions:
+        raise ConfigError(
+            f"trainer.precision={trainer.precision}: suite.bench step takes {' or '.join(precisions)}"
+        )
+
+
+def choose_steps(step_seconds: float, *, every: int, available: int) -> int:
+    """Whole logging windows that last SECONDS together; what the epoch has where it is too short."""
+    windows = -(-SECONDS // (step_seconds * every))
+    return min(max(1, int(windows)) * every, available // every * every or available)
+
+
+class Stopwatch(Callback):
+    """The time from the end of step `first` to the end of step `last`, waiting for the device at both."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.done, self.began, self.ended = 0, 0.0, 0.0
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.tick()
+
+    def tick(self) -> None:
+        """One more step is done."""
+        self.done += 1
+        if self.done == self.first:
+            self.began = now()
+        elif self.done == self.last:
+            self.ended = now()
+
+    @property
+    def step_seconds(self) -> float:
+        return (self.ended - self.began) / (self.last - self.first)
+
+
+def now() -> float:
+    """Seconds, after everything that was given to an accelerator is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
+class Pair:
+    """The two sides, which share their starting weights and nothing else."""
+
+    def __init__(self, config: Config) -> None:
+        # Validation, saving and limits of time are not part of a step
+        self.config = replace(
+            config,
+            run=replace(config.run, save_every_n_steps=None),
+            trainer=replace(config.trainer, max_epochs=None, max_time=None, limit_val_batches=0),
+        )
+        self.parts: Parts = build_parts(self.config, processes=1)
+        initialise(self.parts)
+        self.start = {k: v.clone() for k, v in self.parts.module.model.state_dict().items()}
+        self.plain: SuiteModule = deepcopy(self.parts.module)
+        self.batches = build_parts(self.config, processes=1).data
+        idle = build_trainer(self.config, processes=1, callbacks=[], folder=None)
+        self.batches.trainer = idle  # for its device; it never trains, so its batches are the first ones
+        self.device: torch.device = idle.strategy.root_device
+        mode = config.run.compile
+        if mode:
+            for module in (self.parts.module, self.plain):
+                module.model.compile(mode=None if mode == "default" else mode)
+        self.parts_on: list[str] = []
+
+    def loader(self) -> Any:
+        """The plain side's batches: those that the trainer sees, from the first on."""
+        return self.batches.train_dataloader()
+
+    def time_ours(self, steps: int) -> float:
+        """Seconds a step of `Trainer.fit`, with all that suite.train switches on."""
+        last = WARMUP + steps
+        watch, module = Stopwatch(WARMUP, last), self.parts.module
+        module.model.load_state_dict(self.start)
+        t = self.config.trainer
+        config = replace(
+            self.config,
+            trainer=replace(t, max_steps=last, log_every_n_steps=min(t.log_every_n_steps, steps)),
+        )
+        with tempfile.TemporaryDirectory() as name, Path(os.devnull).open("w") as null:
+            folder = Path(name)
+            callbacks = [at_terminal(c, null) for c in build_callbacks(config, self.parts.spec, folder)]
+            trainer = build_trainer(
+                config, processes=1, callbacks=[*callbacks, watch], folder=folder
+            )
+            self.parts_on = [type(x).__name__ for x in (*callbacks, *trainer.loggers)]
+            gc.collect()
+            try:
+                trainer.fit(module, datamodule=self.parts.data)
+            finally:
+                rich.reconfigure()  # the bar had put its own console in the place of Rich's
+        return watch.step_seconds
+
+    def time_plain(self, steps: int) -> float:
+        """Seconds a step of the loop that everyone writes."""
+        last = WARMUP + steps
+        module, config = self.plain, self.config
+        module.model.load_state_dict(self.start)
+        module.to(self.device)
+        fused = config.optim.fused
+        fused = self.device.type == "cuda" if fused is None else fused
+        optimizer = build_optimizer(module.model, config.optim, fused=fused)
+        warmup = warmup_steps(config.optim, total=last, per_epoch=len(self.loader()))
+        factor = schedule(config.optim, total=last, warmup=warmup)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        half = config.trainer.precision == "bf16-mixed"
+        watch = Stopwatch(WARMUP, last)
+        gc.collect()
+        for _, batch in zip(range(last), self.loader(), strict=False):
+            batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
+            optimizer.zero_grad()
+            with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
+                out = module.step(batch, "train")
+                loss = out.loss_sum / out.count
+            loss.backward()
+            clip(module, config)
+            optimizer.step()
+            scheduler.step()
+            watch.tick()
+        return watch.step_seconds
+
+    def gap(self) -> float:
+        """Largest difference between a weight of one side and the same weight of the other."""
+        ours, plain = self.parts.module.model.state_dict(), self.plain.model.state_dict()
+
+        def apart(a: Tensor, b: Tensor) -> float:
+            return float((a.cpu().double() - b.cpu().double()).abs().max())
+
+        return max(apart(value, plain[name]) for name, value in ours.items())
+
+
+def clip(module: SuiteModule, config: Config) -> None:
+    """Gradient clipping as trainer.* asks for it."""
+    limit = config.trainer.gradient_clip_val
+    if limit is None:
+        return
+    by_value = config.trainer.gradient_clip_algorithm == "value"
+    how = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
+    how(module.model.parameters(), limit)
+
+
+def at_terminal(callback: Callback, null: Any) -> Callback:
+    """The progress bar of someone at a terminal, drawn in full but to `null`, wherever this runs."""
+    if isinstance(callback, (ProgressLines, SuiteProgressBar)):
+        console = {"file": null, "force_terminal": True, "width": TERMINAL_WIDTH}
+        return SuiteProgressBar(console_kwargs=console)
+    return callback
