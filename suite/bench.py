@@ -22,7 +22,8 @@ MIN_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Command:
-    """One thing that can be measured. run: its arguments -> exit code; help: a line for `--help`."""
+    """One thing that can be measured. run: its arguments -> exit code; help: a line for
+    `--help`."""
 
     run: Callable[[Sequence[str]], int]
     help: str
@@ -59,9 +60,7 @@ COMMANDS: dict[str, Command] = {
 }
 
 
-def split_tokens(
-    argv: Sequence[str], *, own: Sequence[str]
-) -> tuple[dict[str, str], list[str]]:
+def split_tokens(argv: Sequence[str], *, own: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """The values of a command's own keys, and the other tokens. Raises ConfigError for a repeat."""
     values: dict[str, str] = {}
     rest = []
@@ -125,7 +124,8 @@ examples
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code. A mistake is one line on stderr, never a traceback."""
+    """The command line; returns the exit code. A mistake is one line on stderr, never a
+    traceback."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in ("--help", "-h"):
         print(help_text())

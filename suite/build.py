@@ -1,4 +1,5 @@
-"""From a config to its parts: data, network, module, trainer. Raises ConfigError before anything is written."""
+"""From a config to its parts: data, network, module, trainer. Raises ConfigError before anything
+is written."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from suite.callbacks import (
 )
 from suite.checkpoint import init_from
 from suite.config import Config, to_dict
-from suite.data import SuiteDataModule, Splits
+from suite.data import Splits, SuiteDataModule
 from suite.errors import ConfigError
 from suite.metrics import JsonlLogger
 from suite.module import SuiteModule
@@ -44,6 +45,7 @@ QUIET = (
     r".*dataloader is not resumable.*",
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*Total length of .* across ranks is zero.*",
+    r".*could not find the monitored key.*",
     r".*treespec.*",
     r".*LeafSpec.*",
     r".*lr_scheduler.step\(\).*",
@@ -100,20 +102,26 @@ def build_model(config: Config, spec: TaskSpec, factory: NormFactory, splits: Sp
     except ConfigError:
         raise
     except ValueError as error:
-        raise ConfigError(f"model={config.model_name} with norm={config.norm_name}: {error}") from error
+        raise ConfigError(
+            f"model={config.model_name} with norm={config.norm_name}: {error}"
+        ) from error
     leftover = foreign_norms(model, factory, keep_sites=spec.keep_sites)
     if leftover:
         listed = ", ".join(f"{path} ({kind})" for path, kind in leftover[:5])
         raise ConfigError(
-            f"norm={config.norm_name}: {len(leftover)} norms of model={config.model_name} are not it: {listed}"
+            f"norm={config.norm_name}: {len(leftover)} norms of model={config.model_name} "
+            f"are not it: {listed}"
         )
     if not any(True for _ in norm_modules(model)):
-        raise ConfigError(f"model={config.model_name}: has no norm that norm={config.norm_name} could be")
+        raise ConfigError(
+            f"model={config.model_name}: has no norm that norm={config.norm_name} could be"
+        )
     return model
 
 
 def build_parts(config: Config, *, processes: int) -> Parts:
-    """Everything but the trainer, for one of `processes`. Uses no accelerator and writes nothing."""
+    """Everything but the trainer, for one of `processes`. Uses no accelerator and writes
+    nothing."""
     spec, factory = load_task(config.task_name), build_norm(config)
     splits = build_data(config, spec)
     model = build_model(config, spec, factory, splits)
@@ -150,7 +158,8 @@ def build_parts(config: Config, *, processes: int) -> Parts:
 
 
 def identity(config: Config, factory: NormFactory) -> dict[str, Any]:
-    """What travels in every checkpoint: plain values only, so that weights_only loading reads it."""
+    """What travels in every checkpoint: plain values only, so that weights_only loading reads
+    it."""
     return {
         "schema": 1,
         "task": config.task_name,
@@ -184,7 +193,9 @@ def build_callbacks(config: Config, spec: TaskSpec, folder: Path | None) -> list
         PrimaryTracker(f"{split}/{name}", direction),
     ]
     if config.run.norm_stats:
-        callbacks.append(NormStatistics(warn=lambda t: say(f"warning: {t}"), inputs=not config.run.compile))
+        callbacks.append(
+            NormStatistics(warn=lambda t: say(f"warning: {t}"), inputs=not config.run.compile)
+        )
     if config.trainer.enable_progress_bar and folder is not None:
         import sys
 
@@ -211,7 +222,8 @@ def build_trainer(
     folder: Path | None,
     **overrides: Any,
 ) -> L.Trainer:
-    """Lightning's Trainer from trainer.*; the suite samples, checkpoints, logs and shows progress itself."""
+    """Lightning's Trainer from trainer.*; the suite samples, checkpoints, logs and shows progress
+    itself."""
     t = config.trainer
     loggers: list[Logger] = []
     if folder is not None:
@@ -254,12 +266,15 @@ def build_trainer(
 
 
 def build_strategy(config: Config, *, processes: int) -> Strategy | str:
-    """DDP with the run's time-out where several processes train; anything else by Lightning's name."""
+    """DDP with the run's time-out where several processes train; anything else by Lightning's
+    name."""
     name = config.trainer.strategy
     unused = name == "ddp_find_unused_parameters_true"
     if processes > 1 and (unused or name in ("auto", "ddp")):
         timeout = timedelta(seconds=config.run.dist_timeout)
-        return DDPStrategy(timeout=timeout, find_unused_parameters=unused, gradient_as_bucket_view=True)
+        return DDPStrategy(
+            timeout=timeout, find_unused_parameters=unused, gradient_as_bucket_view=True
+        )
     return name
 
 
@@ -273,7 +288,8 @@ def parameter_count(parts: Parts) -> tuple[int, int]:
 def meta_size(config: Config) -> tuple[int, int]:
     """(parameters, bytes that training needs for them) from the meta device: nothing is allocated.
 
-    Weights, gradients and AdamW's two moments in float32: 16 bytes a parameter; activations come on top.
+    Weights, gradients and AdamW's two moments in float32: 16 bytes a parameter; activations come
+    on top.
     """
     spec, factory = load_task(config.task_name), build_norm(config)
     splits = build_data(config, spec)

@@ -1,4 +1,5 @@
-"""What watches a run: throughput, norm statistics, the guard against non-finite values, progress lines."""
+"""What watches a run: throughput, norm statistics, the guard against non-finite values, progress
+lines."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,9 +25,11 @@ PRODUCT_RANGE = (0.3, 3.0)
 
 
 class Throughput(Callback, Observer):
-    """Steps and units a second between logged windows, without validation and without the first window.
+    """Steps and units a second between logged windows, without validation and without the first
+    window.
 
-    The first window holds compilation and cache warm-up, so it is logged but kept out of the summary.
+    The first window holds compilation and cache warm-up, so it is logged but kept out of the
+    summary.
     """
 
     def __init__(self, unit: str) -> None:
@@ -35,12 +38,19 @@ class Throughput(Callback, Observer):
         self.units, self.steps, self.seconds = 0.0, 0, 0.0
         self._busy, self._steps, self._since = 0.0, 0, 0.0
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if not self._since:
             self._since = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
     ) -> None:
         now = time.perf_counter()
         self._busy += now - self._since
@@ -76,18 +86,20 @@ class Throughput(Callback, Observer):
 class NormStatistics(Callback, Observer):
     """alpha, RMS(input), alpha * RMS(input) and saturation of each site, on logged steps only.
 
-    alpha * RMS(input) at initialisation decides how a point-wise norm trains at small scale: about 1 is
-    right, and outside 0.3 to 3 the site starves or saturates, which is said once in words. With a
-    compiled model only alpha is logged: hooks would break its graph.
+    alpha * RMS(input) at initialisation decides how a point-wise norm trains at small scale: about
+    1 is right, and outside 0.3 to 3 the site starves or saturates, which is said once in words.
+    With a compiled model only alpha is logged: hooks would break its graph.
     """
 
     def __init__(self, warn: Callable[[str], None], *, inputs: bool = True) -> None:
         self.warn, self.inputs = warn, inputs
         self._handles: list[Any] = []
-        self._seen: dict[str, list[Tensor]] = defaultdict(list)
-        self._warned = False
+        self._seen: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+        self._judged = False
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         step, every = trainer.global_step + 1, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self._handles or not self.inputs or not (step == 1 or (every and step % every == 0)):
             return
@@ -97,34 +109,28 @@ class NormStatistics(Callback, Observer):
 
     @torch.no_grad()
     def _look(self, norm: Any, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        row = [x.float().square().mean().sqrt()]
+        found = {"rms": inputs[0].float().square().mean().sqrt()}
         if hasattr(norm, "saturation"):
-            row.append(norm.saturation(x).float())
+            found["saturation"] = norm.saturation(inputs[0]).float()
         if isinstance(getattr(norm, "alpha", None), Tensor):
-            row.append(norm.alpha.float().abs().mean() * row[0])
-        self._seen[norm.site].append(torch.stack(row))
+            found["alpha_rms"] = norm.alpha.float().abs().mean() * found["rms"]
+        for name, value in found.items():
+            self._seen[norm.site, name].append(value)
 
     def on_window(self, module: SuiteModule, values: dict[str, float], units: float) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        alphas: dict[str, list[Tensor]] = defaultdict(list)
-        for _, norm in norm_modules(module.model):
+        for _, module_norm in norm_modules(module.model):
+            norm: Any = module_norm
             if isinstance(getattr(norm, "alpha", None), Tensor):
-                alphas[str(norm.site)].append(norm.alpha.detach().float().mean())
-        for site, rows in alphas.items():
-            values[f"norm/{site}/alpha"] = float(torch.stack(rows).mean())
-        first = not self._warned
-        for site, seen in self._seen.items():
-            table = torch.stack(seen)
-            row = table.mean(0).tolist()
-            for name, value in zip(("rms", "saturation", "alpha_rms"), row, strict=False):
-                values[f"norm/{site}/{name}"] = value
-            if first and len(row) == 3:
-                self._judge(site, table[:, 2])
-        if self._seen:
-            self._warned = True
+                self._seen[norm.site, "alpha"].append(norm.alpha.detach().float().mean())
+        for (site, name), seen in self._seen.items():
+            found = torch.stack(seen)
+            values[f"norm/{site}/{name}"] = float(found.mean())
+            if name == "alpha_rms" and not self._judged:
+                self._judge(site, found)
+        self._judged = True
         self._seen.clear()
 
     def _judge(self, site: str, products: Tensor) -> None:
@@ -139,9 +145,9 @@ class NormStatistics(Callback, Observer):
 class NonFiniteGuard(Callback, Observer):
     """Stops a run on a non-finite loss or gradient and names the step, the batch and the sites.
 
-    The gradient norm is the same on all ranks after the all-reduce, so all of them stop together. On a
-    CPU the check comes before the update; on a GPU it reads the last step's flag, so as not to make the
-    host wait for the device in every step.
+    The gradient norm is the same on all ranks after the all-reduce, so all of them stop together.
+    On a CPU the check comes before the update; on a GPU it reads the last step's flag, so as not to
+    make the host wait for the device in every step.
     """
 
     def __init__(self) -> None:
@@ -175,17 +181,25 @@ class NonFiniteGuard(Callback, Observer):
 
     def describe(self, module: SuiteModule, batch: Batch | None) -> str:
         """One line: where the first non-finite value is."""
-        where = f"step {module.trainer.global_step + 1}, epoch {module.current_epoch}, rank {module.global_rank}"
-        gradients = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        step, epoch = module.trainer.global_step + 1, module.current_epoch
+        where = f"step {step}, epoch {epoch}, rank {module.global_rank}"
+        gradients = [
+            n
+            for n, p in module.named_parameters()
+            if p.grad is not None and not p.grad.isfinite().all()
+        ]
         if batch is None:
             return f"non-finite gradient at {where}"
         ids = batch["sample_id"].tolist()
         samples = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
         found = locate(module, batch)
         if found:
-            cause = f"first non-finite output in {found[0]}" + (f", then {', '.join(found[1:4])}" if found[1:] else "")
+            cause = f"first non-finite output in {found[0]}" + (
+                f", then {', '.join(found[1:4])}" if found[1:] else ""
+            )
         elif gradients:
-            cause = f"the forward pass is finite on this rank; non-finite gradients in {', '.join(gradients[:3])}"
+            names = ", ".join(gradients[:3])
+            cause = f"the forward pass is finite on this rank; non-finite gradients in {names}"
         else:
             cause = "all values are finite on this rank"
         return (
@@ -208,7 +222,8 @@ def locate(module: SuiteModule, batch: Batch) -> list[str]:
 
 @contextmanager
 def watch_outputs(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Append the name of every leaf or norm whose output is not finite while the context is open."""
+    """Append the name of every leaf or norm whose output is not finite while the context is
+    open."""
     norms = {id(m): m for _, m in norm_modules(model)}
     handles = []
 
@@ -222,7 +237,9 @@ def watch_outputs(model: nn.Module, found: list[str]) -> Iterator[None]:
     for name, child in model.named_modules():
         if id(child) in norms:
             norm: Any = norms[id(child)]
-            handles.append(child.register_forward_hook(hook(f"{name} ({norm.site}, {norm.norm_name})")))
+            handles.append(
+                child.register_forward_hook(hook(f"{name} ({norm.site}, {norm.norm_name})"))
+            )
         elif not list(child.children()):
             handles.append(child.register_forward_hook(hook(name)))
     try:
@@ -233,14 +250,27 @@ def watch_outputs(model: nn.Module, found: list[str]) -> Iterator[None]:
 
 
 class SuiteProgressBar(RichProgressBar):
-    """Rich's bar with the last logged window, which is already on the host: no sync a step."""
+    """Rich's bar with the last logged window, which is already on the host: no sync a step.
+
+    It is drawn 4 times a second: drawing takes the interpreter from training for a millisecond, and
+    Lightning's 100 a second are one drawing in every step.
+    """
 
     SHOWN = ("train/loss", "lr", "grad_norm")
+
+    def __init__(self, *, console: Mapping[str, Any] | None = None) -> None:
+        super().__init__(refresh_rate=4, console_kwargs=dict(console or {}))
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         latest = getattr(pl_module, "latest", {})
         shown = {k: f"{latest[k]:.4g}" for k in self.SHOWN if k in latest}
-        shown.update({k: f"{float(v):.4g}" for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
+        shown.update(
+            {
+                k: f"{float(v):.4g}"
+                for k, v in trainer.callback_metrics.items()
+                if k.startswith("val/")
+            }
+        )
         return shown
 
 
@@ -254,7 +284,12 @@ class ProgressLines(Callback, Observer):
     def _say(self, module: L.LightningModule, text: str) -> None:
         total = module.total_steps() if isinstance(module, SuiteModule) else None
         seconds = time.perf_counter() - self._start
-        print(f"[{seconds:7.1f} s] step {module.trainer.global_step}{f'/{total}' if total else ''}  {text}", flush=True, file=sys.stderr)
+        step = f"{module.trainer.global_step}{f'/{total}' if total else ''}"
+        print(
+            f"[{seconds:7.1f} s] step {step}  {text}",
+            flush=True,
+            file=sys.stderr,
+        )
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._start = time.perf_counter()
@@ -270,28 +305,37 @@ class ProgressLines(Callback, Observer):
 
 
 class PrimaryTracker(Callback):
-    """The metric that a run is judged by: its best value on val, the step of it, and the last value."""
+    """The metric that a run is judged by: its best value on val, the step of it, and the last
+    value."""
 
     def __init__(self, key: str, direction: str) -> None:
         self.key, self.sign = key, 1.0 if direction == "max" else -1.0
         self.best: float | None = None
         self.best_step: int | None = None
         self.last: float | None = None
+        self.last_step: int | None = None
         self.metrics: dict[str, float] = {}
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
-            return
-        values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if not trainer.sanity_checking and trainer.state.fn == "fit":
+            values = {k: float(v) for k, v in trainer.callback_metrics.items()}
+            self.take(
+                {k: v for k, v in values.items() if k.startswith("val/")}, trainer.global_step
+            )
+
+    def take(self, values: Mapping[str, float], step: int) -> bool:
+        """Note the metrics of a validation; whether they are the best so far."""
         value = values.get(self.key)
         if value is None:
-            return
-        self.last = value
-        if self.best is None or self.sign * value > self.sign * self.best:
-            self.best, self.best_step, self.metrics = value, trainer.global_step, values
+            return False
+        self.last, self.last_step = value, step
+        better = self.best is None or self.sign * value > self.sign * self.best
+        if better:
+            self.best, self.best_step, self.metrics = value, step, dict(values)
+        return better
 
     def state_dict(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in ("best", "best_step", "last", "metrics")}
+        return {k: getattr(self, k) for k in ("best", "best_step", "last", "last_step", "metrics")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for key, value in state_dict.items():

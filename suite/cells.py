@@ -194,8 +194,9 @@ class _Sweep:
         except ValueError as error:
             result, why = {}, str(error)
         primary = result.get("primary", {})
-        if code == 0 and result.get("status") == "done":
-            return Outcome(one.cell, "done", seconds, primary)
+        if result.get("status") == "done":  # written last: what went wrong after it is no loss
+            late = f"exit code {code} after its result was written" if code else ""
+            return Outcome(one.cell, "done", seconds, primary, late)
         if stopped:
             return Outcome(one.cell, "interrupted", seconds, primary, stopped=True)
         status: Status = "diverged" if code == DivergedError.exit_code else "failed"

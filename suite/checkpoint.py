@@ -1,9 +1,9 @@
 """Weights in and out: finding a run's checkpoint, reading it safely, and the guard on its norm.
 
 A DyT checkpoint loads into a LayerNorm model under strict=False with nothing missing; the published
-fine-tuning scripts do so silently. Here every load is strict, and the norm that a checkpoint records
-must be the model's. Only tensors and plain values are read: safetensors, or torch files under
-`weights_only=True`, which runs no code from the file.
+fine-tuning scripts do so silently. Here every load is strict, and the norm that a checkpoint
+records must be the model's. Only tensors and plain values are read: safetensors, or torch files
+under `weights_only=True`, which runs no code from the file.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ WRAPPERS = ("state_dict", "model_ema", "model")  # where published files keep th
 
 
 def find_checkpoint(path: str | Path, *, key: str, prefer: str) -> Path:
-    """The checkpoint that a run's folder or a file's path means. key: what to call it in errors; prefer: "best" or "last".
+    """The checkpoint that a run's folder or a file's path means. key: what to call it in errors;
+    prefer: "best" or "last".
 
     Raises ConfigError if there is none.
     """
@@ -47,7 +48,8 @@ def find_checkpoint(path: str | Path, *, key: str, prefer: str) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a file holds, read on the CPU. Raises ConfigError for one that is broken or not plain data."""
+    """What a file holds, read on the CPU. Raises ConfigError for one that is broken or not plain
+    data."""
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))
@@ -55,9 +57,18 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: not a readable safetensors file ({error})") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=None)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, BadZipFile, ValueError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        OSError,
+        EOFError,
+        BadZipFile,
+        ValueError,
+    ) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError(f"{path}: not a readable checkpoint of tensors and plain values ({reason})") from error
+        raise ConfigError(
+            f"{path}: not a readable checkpoint of tensors and plain values ({reason})"
+        ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds a {type(content).__name__}, expected a state dict")
     return content
@@ -79,7 +90,8 @@ def split_weights(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], Mappin
 def init_from(
     model: nn.Module, path: str, *, norm: Mapping[str, Any], across_norms: bool
 ) -> list[str]:
-    """Load a file's or a run's weights into `model` before training; returns notes on what was done.
+    """Load a file's or a run's weights into `model` before training; returns notes on what was
+    done.
 
     norm: the chosen factory's description. across_norms: load what both norms have.
     Raises ConfigError if names or shapes differ, or the norm does and across_norms is off.
@@ -96,7 +108,8 @@ def read_weights(
     key: str,
     across_norms: bool = False,
 ) -> list[str]:
-    """Load `file` into `model`, strictly but for norms if across_norms; key: what to call it in errors."""
+    """Load `file` into `model`, strictly but for norms if across_norms; key: what to call it in
+    errors."""
     state, identity = split_weights(read_checkpoint(file))
     where = f"{key}={file}"
     if identity is not None and not across_norms:
@@ -118,7 +131,9 @@ def read_weights(
         listed = "; ".join(f"{what} {few(names)}" for what, names in problems.items() if names)
         hint = ""
         if set(problems["missing"]) <= set(absent) and set(problems["unknown"]) <= set(foreign):
-            hint = ". It looks trained with another norm: choose that norm" * (not problems["other shape"])
+            hint = ". It looks trained with another norm: choose that norm" * (
+                not problems["other shape"]
+            )
         raise ConfigError(f"{where}: these are not weights of this model: {listed}{hint}")
     model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=not across_norms)
     notes = [f"loaded {len(state) - len(foreign)} tensors from {file}"]

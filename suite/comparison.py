@@ -75,8 +75,9 @@ def compare(
         _block(key, runs=members, label=label, options=options)
         for key, members in sorted(by_block.items())
     ]
-    labels = {row.label for block in blocks for row in block.rows}
-    if options.baseline and options.baseline not in labels:
+    rows = [row for block in blocks for row in block.rows]
+    labels = {row.label for row in rows}
+    if options.baseline and not any(row.is_baseline for row in rows):
         raise ConfigError(
             f"--baseline {options.baseline}: no such row; rows: {', '.join(sorted(labels))}"
         )
@@ -176,7 +177,7 @@ def _block(
             row.group = number
         set_against_baseline(made, options=options)
         block.notes += unequal_trials(made, options=options)
-        block.rows += sorted(made, key=lambda row: (row.label != options.reference, row.label))
+        block.rows += sorted(made, key=lambda row: (not row.is_baseline, row.label))
     return block
 
 

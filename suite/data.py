@@ -1,10 +1,10 @@
 """Batches by address: which samples a step sees is a function of (seed, epoch, batches done).
 
 Why not a plain DataLoader with Lightning's samplers: on a mid-epoch resume it repeats a third of an
-epoch or skips one, and under DDP its evaluation counts some samples twice. Here the position is read
-from the trainer's own progress, the permutation from the seed and the epoch, and evaluation pads its
-last batch with rows marked `valid = 0`, so that every rank takes the same number of steps and every
-sample counts once.
+epoch or skips one, and under DDP its evaluation counts some samples twice. Here the position is
+read from the trainer's own progress, the permutation from the seed and the epoch, and evaluation
+pads its last batch with rows marked `valid = 0`, so that every rank takes the same number of steps
+and every sample counts once.
 
 Shapes: B examples of one rank's micro-batch, N examples of a split.
 """
@@ -30,7 +30,8 @@ Split = Literal["train", "val", "test"]
 class DataOptions:
     """What every data set's options have.
 
-    batch_size: examples of one optimizer step, over all processes and accumulation steps: the global
+    batch_size: examples of one optimizer step, over all processes and accumulation steps: the
+    global
         batch is the fixed number, and what each process takes follows from it.
     eval_batch_size: examples of one evaluation step over all processes; None: batch_size.
     num_workers: loader processes for each training process.
@@ -53,7 +54,8 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What result.json says of the data. sizes: examples by split; extra: what a model must know."""
+    """What result.json says of the data. sizes: examples by split; extra: what a model must
+    know."""
 
     name: str
     license: str
@@ -66,7 +68,8 @@ class DataInfo:
 
 
 class BatchDataset(Protocol):
-    """A split: fetch gives the tensors of a batch; its randomness depends on (seed, epoch, index) only."""
+    """A split: fetch gives the tensors of a batch; its randomness depends on (seed, epoch, index)
+    only."""
 
     def __len__(self) -> int: ...
 
@@ -92,11 +95,18 @@ class BatchAddress:
     epoch: int
 
 
+def batches_done(trainer: L.Trainer) -> int:
+    """Micro-batches that this run has trained on, over all its interruptions: Lightning's own
+    count."""
+    total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
+    return int(total.processed)
+
+
 class TrainSampler(Sampler[BatchAddress]):
     """This rank's micro-batches, from wherever `position` says that training stands.
 
-    Global micro-batch j of an epoch is the j-th slice of the epoch's permutation, and rank r takes the
-    r-th part of it: one process with batch B sees the samples that two see with B/2 each.
+    Global micro-batch j of an epoch is the j-th slice of the epoch's permutation, and rank r takes
+    the r-th part of it: one process with batch B sees the samples that two see with B/2 each.
     """
 
     def __init__(
@@ -127,9 +137,11 @@ class TrainSampler(Sampler[BatchAddress]):
         return self.batches
 
     def __iter__(self) -> Iterator[BatchAddress]:
-        """As many batches as an epoch has, from where training stands, over the epoch's end if need be.
+        """As many batches as an epoch has, from where training stands, over the epoch's end if
+        need be.
 
-        Lightning counts a run that ended in mid-epoch as a whole epoch; the stream goes on regardless.
+        Lightning counts a run that ended in mid-epoch as a whole epoch; the stream goes on
+        regardless.
         """
         start, epoch = self.position(), -1
         for position in range(start, start + self.batches):
@@ -142,7 +154,8 @@ class TrainSampler(Sampler[BatchAddress]):
 
 
 class EvalSampler(Sampler[BatchAddress]):
-    """This rank's evaluation batches in the data's order, padded so that all ranks take equal steps."""
+    """This rank's evaluation batches in the data's order, padded so that all ranks take equal
+    steps."""
 
     def __init__(
         self, size: int, *, batch_size: int, rank: int, world_size: int, limit: int | float | None
@@ -163,7 +176,8 @@ class EvalSampler(Sampler[BatchAddress]):
 
 
 def address(indices: list[int], *, size: int, epoch: int) -> BatchAddress:
-    """Pad `indices` to `size` with the batch's first sample (or sample 0) and remember what is real."""
+    """Pad `indices` to `size` with the batch's first sample (or sample 0) and remember what is
+    real."""
     filler = indices[0] if indices else 0
     return BatchAddress(indices + [filler] * (size - len(indices)), len(indices), epoch)
 
@@ -219,10 +233,7 @@ class SuiteDataModule(L.LightningDataModule):
         return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
 
     def _position(self) -> int:
-        """Micro-batches that this run has trained on, over all its interruptions."""
-        if self.trainer is None:
-            return 0
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        return 0 if self.trainer is None else batches_done(self.trainer)
 
     def _loader(self, split: Split, sampler: Sampler[BatchAddress]) -> DataLoader[Any]:
         accelerator = self.trainer.accelerator if self.trainer is not None else None
@@ -275,7 +286,8 @@ class SuiteDataModule(L.LightningDataModule):
         return self._eval_dataloader("test")
 
     def fixed_batch(self, size: int) -> dict[str, Tensor]:
-        """The first `size` training examples, not augmented: the same on every rank and in every run."""
+        """The first `size` training examples, not augmented: the same on every rank and in every
+        run."""
         indices = list(range(min(size, len(self.splits.train))))
         dataset = AddressedDataset(self.splits.train, train=False)
         return dataset[address(indices, size=len(indices), epoch=0)]

@@ -1,6 +1,7 @@
 """The suite's own errors, each with the exit code that `python -m suite.train` ends with.
 
-One line says what is wrong, where, what is allowed and what to do; a traceback is for our own mistakes.
+One line says what is wrong, where, what is allowed and what to do; a traceback is for our own
+mistakes.
 """
 
 

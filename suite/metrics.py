@@ -27,6 +27,11 @@ PACKAGES = ("dyt-suite", "torch", "lightning", "torchmetrics", "omegaconf", "num
 Json = dict[str, Any]
 
 
+def is_main_process() -> bool:
+    """Whether this is the one process that writes."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 class JsonlLogger(Logger):
     """Appends one JSON object a logged step to `metrics.jsonl`; rank 0 only."""
 
@@ -74,7 +79,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.replace(file.name, path)
+    Path(file.name).replace(path)
 
 
 def versions() -> Json:
@@ -123,7 +128,8 @@ def peak_memory() -> int:
 
 
 def git_state(folder: Path) -> Json | None:
-    """Revision of the checkout that `folder` lies in, and whether it was changed; None outside one."""
+    """Revision of the checkout that `folder` lies in, and whether it was changed; None outside
+    one."""
 
     def run(*words: str) -> str | None:
         command = ["git", "-C", str(folder), *words]

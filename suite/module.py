@@ -1,9 +1,9 @@
 """The step contract: a task writes `step`, this module turns its sums into exact means.
 
-A task returns a *sum* and a *count* (examples, masked frames, tokens). The mean that is optimised is
-over all ranks and all accumulation steps: counts are all-reduced and the gradients rescaled once,
-together with clipping. So one process with batch B equals two with B/2, for every task, and no task
-writes a collective. Nothing here knows a domain.
+A task returns a *sum* and a *count* (examples, masked frames, tokens). The mean that is optimised
+is over all ranks and all accumulation steps: counts are all-reduced and the gradients rescaled
+once, together with clipping. So one process with batch B equals two with B/2, for every task, and
+no task writes a collective. Nothing here knows a domain.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from suite.data import DataInfo, Split
+from suite.data import DataInfo, Split, batches_done
 from suite.errors import ConfigError
 from suite.norms import calibrate, check_compatible
 from suite.optim import build_optimizer, schedule, warmup_steps
@@ -38,7 +38,8 @@ class StepOutput:
 
     loss_sum: 0-dim, the loss summed over `count` items, with gradient. count: items of this batch.
     logs: further sums over the same items, logged as means. metric_inputs: keyword arguments of the
-    task's metrics, of valid rows only. units: how many of the task's unit the batch holds (None: count).
+    task's metrics, of valid rows only. units: how many of the task's unit the batch holds (None:
+    count).
     """
 
     loss_sum: Tensor
@@ -126,7 +127,9 @@ class SuiteModule(L.LightningModule):
         self.model, self.options, self.info, self.optim = model, options, info, optim
         self.identity, self.seed, self.nominal = dict(identity), seed, nominal
         self.steps_per_epoch = steps_per_epoch
-        self.split_metrics = nn.ModuleDict({s: self.metrics().clone(prefix=f"{s}/") for s in ("val", "test")})
+        self.split_metrics = nn.ModuleDict(
+            {s: self.metrics().clone(prefix=f"{s}/") for s in ("val", "test")}
+        )
         self.window, self.epoch_totals = Sums(), {"loss": 0.0, "_count": 0.0}
         self.eval_sums: dict[str, Sums] = {"val": Sums(), "test": Sums()}
         self.latest: dict[str, float] = {}
@@ -144,7 +147,8 @@ class SuiteModule(L.LightningModule):
         """Loss and metric inputs of one batch."""
 
     def metrics(self) -> MetricCollection:
-        """Fresh metric objects for a whole validation or test set. Called before the model is set."""
+        """Fresh metric objects for a whole validation or test set. Called before the model is
+        set."""
         return MetricCollection({})
 
     def initialise(self, batch: Batch) -> dict[str, float]:
@@ -162,9 +166,14 @@ class SuiteModule(L.LightningModule):
         self._logged_step = self.trainer.global_step
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout and the like become a function of (seed, position, rank): nothing to save or restore."""
-        position = self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
-        torch.manual_seed(derive(self.seed, "step", position, self.global_rank))
+        """Dropout and the like become a function of (seed, position, rank): nothing to save or
+        restore."""
+        seed = derive(self.seed, "step", batches_done(self.trainer), self.global_rank)
+        torch.default_generator.manual_seed(
+            seed
+        )  # torch.manual_seed formats three stack traces a call
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.batch = batch
@@ -195,7 +204,9 @@ class SuiteModule(L.LightningModule):
         if norm.device.type != "cpu" or float(scale) != 1.0:
             torch._foreach_mul_(grads, scale)
         if gradient_clip_val is not None and gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_([p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val)
+            torch.nn.utils.clip_grad_value_(
+                [p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val
+            )
 
     def _exact_scale(self) -> Tensor:
         """From the scaling that autograd, Lightning and DDP applied to that of the global mean.
@@ -221,7 +232,8 @@ class SuiteModule(L.LightningModule):
         self.epoch_totals = {"loss": 0.0, "_count": 0.0}
 
     def _flush(self, step: int) -> None:
-        """Log the window of steps since the last one: one transfer from the device for all values."""
+        """Log the window of steps since the last one: one transfer from the device for all
+        values."""
         self._logged_step = step
         totals = self.window.totals(self.device)
         if not totals:
@@ -235,13 +247,18 @@ class SuiteModule(L.LightningModule):
         for observer in self.observers:
             observer.on_window(self, values, totals["_units"])
         self.latest = values
+        self._write(values, step=step)
+
+    def _write(self, values: Mapping[str, float], *, step: int) -> None:
+        """To every logger, with the number of optimizer steps that were taken."""
         for logger in self.trainer.loggers:
             logger.log_metrics({**values, "epoch": self.current_epoch}, step=step)
 
     def total_steps(self) -> int | None:
         """Optimizer steps of the whole run; None without max_epochs and max_steps.
 
-        Not Lightning's estimate, which starts the data loader before a resumed position is restored.
+        Not Lightning's estimate, which starts the data loader before a resumed position is
+        restored.
         """
         limits = []
         if self.trainer.max_steps != -1:
@@ -265,7 +282,10 @@ class SuiteModule(L.LightningModule):
         warmup = warmup_steps(self.optim, total=total, per_epoch=self.steps_per_epoch)
         factor = schedule(self.optim, total=total, warmup=warmup)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
 
     # -- evaluation -----------------------------------------------------------------------------
 
@@ -288,7 +308,8 @@ class SuiteModule(L.LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, split: Split) -> None:
-        """Exact over ranks: sums are all-reduced and metric objects sync their states themselves."""
+        """Exact over ranks: sums are all-reduced and metric objects sync their states
+        themselves."""
         totals = self.eval_sums[split].totals(self.device)
         values = {f"{split}/{k}": v for k, v in means(totals).items()}
         values[f"{split}/count"] = totals.get("_count", 0.0)
@@ -296,7 +317,10 @@ class SuiteModule(L.LightningModule):
         if len(collection):
             values.update({k: float(v) for k, v in collection.compute().items()})
             collection.reset()
-        self.log_dict({k: torch.tensor(v, dtype=torch.float32) for k, v in values.items()})
+        tensors = {k: torch.tensor(v, dtype=torch.float32) for k, v in values.items()}
+        self.log_dict(tensors, logger=False)  # for checkpoints and callbacks
+        if not self.trainer.sanity_checking:
+            self._write(values, step=self.trainer.global_step)
 
     # -- the checkpoint's identity --------------------------------------------------------------
 
@@ -306,7 +330,9 @@ class SuiteModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("suite")
         if not isinstance(saved, Mapping):
-            raise ConfigError("the checkpoint was not written by this suite; use model.init_from=FILE for weights")
+            raise ConfigError(
+                "the checkpoint was not written by this suite; use model.init_from=FILE for weights"
+            )
         try:
             check_compatible(saved["norm"], self.identity["norm"])
         except ValueError as error:

@@ -1,8 +1,9 @@
 """Optimizers, parameter groups by role, and schedules as pure functions of the step.
 
-Weight decay goes by role, not by the type of one norm: published scripts exempt nn.LayerNorm by type
-and then decay DyT's alpha and weight, so that the comparison compares decay. Here what a norm owns,
-every bias and what the model names in `no_weight_decay()` is not decayed, for every norm alike.
+Weight decay goes by role, not by the type of one norm: published scripts exempt nn.LayerNorm by
+type and then decay DyT's alpha and weight, so that the comparison compares decay. Here what a norm
+owns, every bias and what the model names in `no_weight_decay()` is not decayed, for every norm
+alike.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ if TYPE_CHECKING:
     from suite.settings import OptimConfig
 
 
-def parameter_groups(model: nn.Module, *, weight_decay: float, decay_norm: bool) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, decay_norm: bool
+) -> list[dict[str, Any]]:
     """Two groups: decayed and not. decay_norm: decay alpha, shift, weight and bias of norms too."""
     norms = set(norm_parameters(model))
     exempt = set(getattr(model, "no_weight_decay", set)())
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -33,7 +37,10 @@ def parameter_groups(model: nn.Module, *, weight_decay: float, decay_norm: bool)
         else:
             role_decays = parameter.ndim > 1 and name not in exempt
         (decayed if role_decays else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
@@ -95,7 +102,8 @@ def polynomial(config: OptimConfig, step: int, total: int, warmup: int) -> float
 
 
 def tri_stage(config: OptimConfig, step: int, total: int, warmup: int) -> float:
-    """Warm-up, hold, exponential decay to final_scale, as shares of all steps (arXiv 2006.11477)."""
+    """Warm-up, hold, exponential decay to final_scale, as shares of all steps (arXiv
+    2006.11477)."""
     hold_until = warmup + round(config.hold_fraction * total)
     if config.decay_fraction is None:
         stop = total

@@ -1,4 +1,5 @@
-"""Randomness that is addressed, not drawn: a function of (seed, epoch or step, sample), never of rank or worker.
+"""Randomness that is addressed, not drawn: a function of (seed, epoch or step, sample), never of
+rank or worker.
 
 A resumed run, another number of workers or another number of ranks then sees the very same masks,
 flips and orders, and two norms are compared on the same task. The mixing function is splitmix64

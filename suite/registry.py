@@ -1,4 +1,5 @@
-"""Names to tasks: the only file of `suite` that imports `tasks`, lazily, and only the chosen one."""
+"""Names to tasks: the only file of `suite` that imports `tasks`, lazily, and only the chosen
+one."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class Choice:
     """One entry that `model=` or `data=` may name.
 
     options: a frozen dataclass instance that holds the entry's defaults.
-    build: model: build(options, *, norm, data) -> nn.Module; data: build(options, *, seed) -> Splits.
+    build: model: build(options, *, norm, data) -> nn.Module; data: build(options, *, seed) ->
+    Splits.
     help: one line for `--list`.
     """
 

@@ -82,6 +82,7 @@ class Row:
     notes: list[str]
     stats: dict[str, Stat] = field(default_factory=dict)
     to_baseline: dict[str, Difference] = field(default_factory=dict)
+    is_baseline: bool = False
 
     @property
     def every(self) -> list[Run]:
@@ -172,9 +173,10 @@ def figures_of(row: Row, *, split: str, options: Options) -> dict[int, float]:
 
 def set_against_baseline(rows: Sequence[Row], *, options: Options) -> None:
     """Fill in each row's difference to the baseline's row, if there is one among `rows`."""
-    baseline = next((row for row in rows if row.label == options.reference), None)
+    baseline = _find_baseline(rows, label=options.reference)
     if baseline is None:
         return
+    baseline.is_baseline = True
     for split in SPLITS:
         theirs = figures_of(baseline, split=split, options=options)
         for row in rows:
@@ -182,6 +184,13 @@ def set_against_baseline(rows: Sequence[Row], *, options: Options) -> None:
             found = difference(ours, theirs) if row is not baseline else None
             if found:
                 row.to_baseline[split] = found
+
+
+def _find_baseline(rows: Sequence[Row], *, label: str | None) -> Row | None:
+    """The row of that label, or the only one of that name ("layernorm eps=1e-6")."""
+    exact = [row for row in rows if row.label == label]
+    named = [row for row in rows if row.label.split()[:1] == [label]]
+    return exact[0] if exact else named[0] if len(named) == 1 else None
 
 
 def _values(run: Run, options: Options) -> tuple[Any, ...]:

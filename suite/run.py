@@ -15,10 +15,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from suite.build import (
     Parts,
@@ -43,9 +42,19 @@ from suite.config import (
     to_yaml,
 )
 from suite.errors import ConfigError, DivergedError
-from suite.metrics import SCHEMA, git_state, hardware, peak_memory, versions, write_json
+from suite.metrics import (
+    SCHEMA,
+    git_state,
+    hardware,
+    is_main_process,
+    peak_memory,
+    plain,
+    versions,
+    write_json,
+)
 from suite.train import say
 
+C = TypeVar("C")
 FOLDER_VARIABLE = "SUITE_RUN_DIR"  # rank 0's choice, for the processes that Lightning starts
 CALIBRATION_EXAMPLES = 256
 
@@ -64,7 +73,7 @@ class Record:
 
     def write(self, status: str, error: str | None = None) -> dict[str, Any] | None:
         """Write result.json (rank 0 only) and return it."""
-        if rank_zero_only.rank != 0:
+        if not is_main_process():
             return None
         result = self.content(status, error)
         write_json(self.folder / "result.json", result)
@@ -73,9 +82,7 @@ class Record:
     def content(self, status: str, error: str | None) -> dict[str, Any]:
         """result.json, schema 1."""
         config, parts, trainer = self.config, self.parts, self.trainer
-        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-        tracker = next(c for c in callbacks if isinstance(c, PrimaryTracker))
-        speed = next(c for c in callbacks if isinstance(c, Throughput))
+        tracker, speed = find(trainer, PrimaryTracker), find(trainer, Throughput)
         name, direction, split = parts.spec.primary
         info, (parameters, of_norms) = parts.data.splits.info, parameter_count(parts)
         return {
@@ -142,6 +149,7 @@ def train(config: Config, *, command: str) -> int:
     introduce(parts, trainer, folder)
     try:
         fit(parts, trainer, resume)
+        validate_the_end(parts, trainer, folder)
         record.test = test(parts, trainer, folder)
     except DivergedError as error:
         record.write("diverged", str(error))
@@ -171,6 +179,23 @@ def fit(parts: Parts, trainer: L.Trainer, resume: Path | None) -> None:
     )
 
 
+def validate_the_end(parts: Parts, trainer: L.Trainer, folder: Path) -> None:
+    """Lightning does not validate where max_steps ends a run in mid-epoch; its last weights count
+    too."""
+    tracker = find(trainer, PrimaryTracker)
+    if parts.config.trainer.limit_val_batches == 0 or tracker.last_step == trainer.global_step:
+        return
+    trainer.validate(parts.module, datamodule=parts.data, verbose=False)
+    if tracker.take(measured(trainer, "val"), trainer.global_step):
+        trainer.save_checkpoint(folder / "checkpoints" / "best.ckpt")
+
+
+def find(trainer: L.Trainer, kind: type[C]) -> C:
+    """The trainer's callback of that class."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return next(c for c in callbacks if isinstance(c, kind))
+
+
 def test(parts: Parts, trainer: L.Trainer, folder: Path) -> Mapping[str, float]:
     """Metrics of the best checkpoint on the test split, which is touched here and nowhere else."""
     if parts.config.trainer.limit_test_batches == 0:
@@ -179,12 +204,18 @@ def test(parts: Parts, trainer: L.Trainer, folder: Path) -> Mapping[str, float]:
     if (checkpoints / "best.ckpt").is_file():
         content = read_checkpoint(checkpoints / "best.ckpt")
         parts.module.load_state_dict(content["state_dict"])
-    values = trainer.test(parts.module, datamodule=parts.data, verbose=False)
-    return {k: float(v) for k, v in values[0].items()} if values else {}
+    trainer.test(parts.module, datamodule=parts.data, verbose=False)
+    return measured(trainer, "test")
+
+
+def measured(trainer: L.Trainer, split: str) -> dict[str, float]:
+    """The metrics of the evaluation that has just ended."""
+    return {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith(f"{split}/")}
 
 
 def initialise(parts: Parts) -> None:
-    """Data-dependent initialisation, the same on every rank, before anything is wrapped or moved."""
+    """Data-dependent initialisation, the same on every rank, before anything is wrapped or
+    moved."""
     config = parts.config
     if config.model.init_from:
         return
@@ -195,7 +226,10 @@ def initialise(parts: Parts) -> None:
         raise ConfigError(f"norm={config.norm_name}: {error}") from error
     if alphas:
         low, high = min(alphas.values()), max(alphas.values())
-        say(f"calibrated {len(alphas)} alphas on {len(batch['valid'])} examples: {low:.3g} to {high:.3g}")
+        say(
+            f"calibrated {len(alphas)} alphas on {len(batch['valid'])} examples: "
+            f"{low:.3g} to {high:.3g}"
+        )
 
 
 def introduce(parts: Parts, trainer: L.Trainer, folder: Path | None) -> None:
@@ -232,12 +266,14 @@ def summarise(result: Mapping[str, Any], folder: Path) -> None:
     print(f"result: {folder / 'result.json'}")
 
 
-# -- the folder ---------------------------------------------------------------------------------------
+# -- the folder
+# ---------------------------------------------------------------------------------------
 
 
 def choose_folder(config: Config) -> Path:
-    """run.dir, the resumed run's folder, or the next free runs/<task>/<model>-<norm>-seed<k>-<n>."""
-    if FOLDER_VARIABLE in os.environ and rank_zero_only.rank != 0:
+    """run.dir, the resumed run's folder, or the next free
+    runs/<task>/<model>-<norm>-seed<k>-<n>."""
+    if FOLDER_VARIABLE in os.environ and not is_main_process():
         return Path(os.environ[FOLDER_VARIABLE])
     if config.run.resume != "never" and config.run.dir is None:
         return run_folder(Path(config.run.resume))
@@ -248,20 +284,23 @@ def choose_folder(config: Config) -> Path:
         stem = f"{config.model_name}-{norm}-seed{config.seed}"
         parent = Path("runs") / config.task_name
         folder = next(p for n in range(1, 10**9) if not (p := parent / f"{stem}-{n}").exists())
-    if rank_zero_only.rank == 0:
+    if is_main_process():
         check_run_dir(config)
     return folder
 
 
 def open_folder(config: Config, folder: Path, *, fresh: bool) -> None:
-    """Create the folder with its config.yaml, on rank 0, and tell the processes that will be started."""
-    if rank_zero_only.rank != 0:
+    """Create the folder with its config.yaml, on rank 0, and tell the processes that will be
+    started."""
+    if not is_main_process():
         return
     try:
         folder.mkdir(parents=True, exist_ok=not fresh or config.run.dir is not None)
         (folder / "config.yaml").write_text(to_yaml(config))
     except FileExistsError as error:
-        raise ConfigError(f"{folder}: another run took this folder just now; start again") from error
+        raise ConfigError(
+            f"{folder}: another run took this folder just now; start again"
+        ) from error
     except OSError as error:
         raise ConfigError(f"run.dir={folder}: cannot be written ({error.strerror})") from error
     os.environ[FOLDER_VARIABLE] = str(folder.resolve())
@@ -282,13 +321,15 @@ def resumed_checkpoint(config: Config) -> Path:
     changed = [key for key in diff(saved["config"], to_dict(config)) if not key.startswith(free)]
     if changed:
         raise ConfigError(
-            f"run.resume={config.run.resume}: this config differs from the run's in {', '.join(changed)}; "
+            f"run.resume={config.run.resume}: this config differs from the run's in "
+            f"{', '.join(changed)}; "
             "resume with the run's own, or start a new run with model.init_from"
         )
     return checkpoint
 
 
-# -- without training ---------------------------------------------------------------------------------
+# -- without training
+# ---------------------------------------------------------------------------------
 
 
 def evaluate(config: Config, *, command: str) -> int:
@@ -305,9 +346,10 @@ def evaluate(config: Config, *, command: str) -> int:
     introduce(parts, trainer, None)
     split = config.run.eval_split
     measure = trainer.validate if split == "val" else trainer.test
-    values = measure(parts.module, datamodule=parts.data, verbose=False)
-    if rank_zero_only.rank == 0:
-        print(json.dumps({"checkpoint": str(file), "split": split, **values[0]}, indent=2))
+    measure(parts.module, datamodule=parts.data, verbose=False)
+    if is_main_process():
+        found = {"checkpoint": str(file), "split": split, **measured(trainer, split)}
+        print(json.dumps(plain(found), indent=2))
     return 0
 
 
@@ -322,15 +364,15 @@ def dry_run(config: Config, *, command: str) -> int:
     count, needed = meta_size(config)
     available = available_memory()
     if needed > available:
+        need, have = (f"{n / 2**30:.1f} GiB" for n in (needed, available))
         say(
             f"dry run: model={config.model_name} has {count:,} parameters; training needs at least "
-            f"{needed / 2**30:.1f} GiB for weights, gradients and optimizer, {available / 2**30:.1f} GiB "
-            "are available: built on the meta device only, no batch was run"
+            f"{need} for weights, gradients and optimizer, {have} are available: "
+            "built on the meta device only, no batch was run"
         )
         return 0
     parts = build_parts(config, processes=processes)
     initialise(parts)
-    here = Path.cwd()
     folder = Path(tempfile.mkdtemp(prefix="suite-dry-run-"))
     try:
         callbacks = build_callbacks(config, parts.spec, None)
@@ -345,14 +387,14 @@ def dry_run(config: Config, *, command: str) -> int:
         introduce(parts, trainer, None)
         fit(parts, trainer, None)
     finally:
-        os.chdir(here)
         shutil.rmtree(folder, ignore_errors=True)
-    say(f"dry run: one training and one validation batch of world size {processes}; nothing was written")
+    say(f"dry run: a training and a validation batch on {processes} process(es), nothing written")
     return 0
 
 
 def available_memory() -> int:
-    """Bytes that this process could still take: of the GPU where there is one, else of the machine."""
+    """Bytes that this process could still take: of the GPU where there is one, else of the
+    machine."""
     import torch
 
     if torch.cuda.is_available():

@@ -29,7 +29,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import rich
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -53,7 +52,8 @@ TERMINAL_WIDTH = 120
 
 @dataclass(frozen=True)
 class Round:
-    """One pair of timings. ours, plain: seconds a step; gap: largest difference of a weight after it."""
+    """One pair of timings. ours, plain: seconds a step; gap: largest difference of a weight after
+    it."""
 
     ours: float
     plain: float
@@ -66,7 +66,8 @@ class Round:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """What `measure` found. steps: of one timing; parts_on: the callbacks and loggers of our side."""
+    """What `measure` found. steps: of one timing; parts_on: the callbacks and loggers of our
+    side."""
 
     config: Config
     rounds: list[Round]
@@ -169,7 +170,9 @@ def check_single(config: Config) -> None:
     }
     for key, wrong in refused.items():
         if wrong:
-            raise ConfigError(f"{key}: the plain loop of suite.bench step has no such thing; leave it out")
+            raise ConfigError(
+                f"{key}: the plain loop of suite.bench step has no such thing; leave it out"
+            )
     if trainer.precision not in precisions:
         raise ConfigError(
             f"trainer.precision={trainer.precision}: suite.bench step takes {' or '.join(precisions)}"
@@ -177,13 +180,15 @@ def check_single(config: Config) -> None:
 
 
 def choose_steps(step_seconds: float, *, every: int, available: int) -> int:
-    """Whole logging windows that last SECONDS together; what the epoch has where it is too short."""
+    """Whole logging windows that last SECONDS together; what the epoch has where it is too
+    short."""
     windows = -(-SECONDS // (step_seconds * every))
     return min(max(1, int(windows)) * every, available // every * every or available)
 
 
 class Stopwatch(Callback):
-    """The time from the end of step `first` to the end of step `last`, waiting for the device at both."""
+    """The time from the end of step `first` to the end of step `last`, waiting for the device at
+    both."""
 
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last
@@ -228,7 +233,9 @@ class Pair:
         self.plain: SuiteModule = deepcopy(self.parts.module)
         self.batches = build_parts(self.config, processes=1).data
         idle = build_trainer(self.config, processes=1, callbacks=[], folder=None)
-        self.batches.trainer = idle  # for its device; it never trains, so its batches are the first ones
+        self.batches.trainer = (
+            idle  # for its device; it never trains, so its batches are the first ones
+        )
         self.device: torch.device = idle.strategy.root_device
         mode = config.run.compile
         if mode:
@@ -252,7 +259,9 @@ class Pair:
         )
         with tempfile.TemporaryDirectory() as name, Path(os.devnull).open("w") as null:
             folder = Path(name)
-            callbacks = [at_terminal(c, null) for c in build_callbacks(config, self.parts.spec, folder)]
+            callbacks = [
+                at_terminal(c, null) for c in build_callbacks(config, self.parts.spec, folder)
+            ]
             trainer = build_trainer(
                 config, processes=1, callbacks=[*callbacks, watch], folder=folder
             )
@@ -313,8 +322,9 @@ def clip(module: SuiteModule, config: Config) -> None:
 
 
 def at_terminal(callback: Callback, null: Any) -> Callback:
-    """The progress bar of someone at a terminal, drawn in full but to `null`, wherever this runs."""
+    """The progress bar of someone at a terminal, drawn in full but to `null`, wherever this
+    runs."""
     if isinstance(callback, (ProgressLines, SuiteProgressBar)):
         console = {"file": null, "force_terminal": True, "width": TERMINAL_WIDTH}
-        return SuiteProgressBar(console_kwargs=console)
+        return SuiteProgressBar(console=console)
     return callback

@@ -239,7 +239,12 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("tokens", nargs="*", metavar="key=a,b", help="what suite.train takes")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at once (default 1)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="cells at once (default 1); they share the cores, so compare no ms/step then",
+    )
     parser.add_argument("--out", type=Path, help="folder of the sweep (default runs/sweeps/...)")
     parser.add_argument("--dry-run", action="store_true", help="print the cells, start nothing")
     options = parser.parse_intermixed_args(list(argv))

@@ -64,8 +64,8 @@ def table_of(block: Block, *, options: Options, split: str | None) -> list[dict[
         cells["val best" if block.is_primary else "val"] = show_stat(row.stats.get("val"))
         cells["test"] = show_stat(row.stats.get("test"))
         if options.reference:
-            is_reference = row.label == options.reference
-            text = "baseline" if is_reference else show_difference(row.to_baseline.get(judged))
+            found = row.to_baseline.get(judged)
+            text = "baseline" if row.is_baseline else show_difference(found)
             cells[f"{judged} - {options.reference}"] = text
         cells["parameters"] = _count(row.mean_of("parameters"))
         cells["of norms"] = _count(row.mean_of("norm_parameters"))
@@ -167,7 +167,7 @@ def notes_of(block: Block, *, options: Options) -> list[str]:
             "rows that name what differs are other configurations: compare within one only"
         )
     groups = {row.group for row in block.rows}
-    with_reference = {row.group for row in block.rows if row.label == options.reference}
+    with_reference = {row.group for row in block.rows if row.is_baseline}
     if options.reference and groups - with_reference:
         notes.append(f"no {options.reference} with the same configuration for some rows (-)")
     hardware = {_hardware_line(run.result) for row in block.rows for run in row.runs}
@@ -266,7 +266,8 @@ def _csv_line(row: Row, *, block: Block, options: Options) -> dict[str, Any]:
         line[f"{split}_difference_n"] = found.n if found else None
         line[f"{split}_difference_paired"] = found.paired if found else None
     line["baseline"] = options.reference
-    line["parameters"] = row.mean_of("parameters")
-    line["norm_parameters"] = row.mean_of("norm_parameters")
+    for key in ("parameters", "norm_parameters"):
+        count = row.mean_of(key)
+        line[key] = None if count is None else round(count)
     line["step_ms"] = row.mean_of("throughput", "step_ms")
     return line

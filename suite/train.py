@@ -22,8 +22,8 @@ INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. Errors are one line on stderr, never a traceback,
-    unless it is our own mistake."""
+    """Run the command line; returns the exit code. Errors are one line on stderr, never a
+    traceback, unless it is our own mistake."""
     from suite.config import load
 
     tokens = list(sys.argv[1:] if argv is None else argv)
@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if loaded.text:
             print(loaded.text)
             return 0
-        return act(loaded.action, loaded.settled, command="python -m suite.train " + " ".join(tokens))
+        return act(
+            loaded.action, loaded.settled, command="python -m suite.train " + " ".join(tokens)
+        )
     except ConfigError as error:
         complain(str(error))
         return ConfigError.exit_code
@@ -47,7 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def act(action: str, config: Config, *, command: str) -> int:
-    """Train, evaluate or try out. The heavy imports happen here, after the config is known to be right."""
+    """Train, evaluate or try out. The heavy imports happen here, after the config is known to be
+    right."""
     from suite import run
 
     actions: dict[str, Callable[..., int]] = {
@@ -61,7 +64,9 @@ def act(action: str, config: Config, *, command: str) -> int:
         raise
     except Exception as error:  # the last resort: the run's own record has been written by now
         traceback.print_exc()
-        complain(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}")
+        complain(
+            f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+        )
         return 1
 
 
@@ -72,7 +77,8 @@ def say(text: str, **kwargs: Any) -> None:
 
 
 def complain(text: str) -> None:
-    """One line on stderr: what is wrong. Every process says it with its rank, the first one without."""
+    """One line on stderr: what is wrong. Every process says it with its rank, the first one
+    without."""
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     prefix = "error" if rank == "0" else f"error (rank {rank})"
     print(f"{prefix}: {' '.join(text.split())}", file=sys.stderr, flush=True)

@@ -1,4 +1,5 @@
-"""The tasks that `python -m suite.train task=...` can name: `tasks/<domain>/<task>.py` exports SPEC.
+"""The tasks that `python -m suite.train task=...` can name: `tasks/<domain>/<task>.py` exports
+SPEC.
 
 Adding a task is a folder and one word here; nothing is imported until a task is chosen.
 """

@@ -92,7 +92,7 @@ def make_norm(name: str, options: Any = None) -> NormFactory:
     """
     spec = _spec(name)
     chosen = spec.options if options is None else options
-    if not isinstance(chosen, type(spec.options)):
+    if type(chosen) is not type(spec.options):
         wanted, got = type(spec.options).__name__, type(chosen).__name__
         raise ValueError(f"norm {name!r} takes options of type {wanted}, got {got}")
     return NormFactory(name, spec=spec, options=chosen)
@@ -191,9 +191,8 @@ def _build_foreign(
         )
     known = {key: value for key, value in keywords.items() if takes_all or key in parameters}
     try:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # norms draw no random numbers: the rest of the model stays comparable
+        # Norms draw no random numbers: the rest of the model is the same with every norm.
+        with torch.random.fork_rng(devices=[]):
             module = build(dim, **known)
     except Exception as error:
         raise ValueError(f"norm {name!r}: cannot be built for {dim} channels: {error}") from error

@@ -1,4 +1,5 @@
-"""Which samples a step sees is a function of (seed, epoch, batches done), on any number of ranks."""
+"""Which samples a step sees is a function of (seed, epoch, batches done), on any number of
+ranks."""
 
 from __future__ import annotations
 
@@ -57,7 +58,9 @@ def test_a_resumed_epoch_goes_on_with_the_batches_that_were_left(done: int) -> N
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_every_step_has_the_same_samples_on_any_number_of_ranks(world: int, accumulate: int) -> None:
+def test_every_step_has_the_same_samples_on_any_number_of_ranks(
+    world: int, accumulate: int
+) -> None:
     def steps(world: int, accumulate: int) -> list[set[int]]:
         ranks = [
             list(sampler(64, batch_size=8, rank=r, world_size=world, accumulate=accumulate))
@@ -96,7 +99,16 @@ def test_a_batch_over_the_data_is_refused_with_what_to_do() -> None:
 
 @pytest.mark.parametrize(
     ("limit", "multiple", "expected"),
-    [(None, 1, 10), (1.0, 1, 10), (0.5, 1, 5), (3, 1, 3), (99, 1, 10), (3, 2, 2), (1, 2, 2), (0, 1, 0)],
+    [
+        (None, 1, 10),
+        (1.0, 1, 10),
+        (0.5, 1, 5),
+        (3, 1, 3),
+        (99, 1, 10),
+        (3, 2, 2),
+        (1, 2, 2),
+        (0, 1, 0),
+    ],
 )
 def test_limits_follow_lightning_in_whole_steps(
     limit: int | float | None, multiple: int, expected: int

@@ -120,6 +120,8 @@ def test_an_unknown_site_is_refused_with_the_nearest_name_and_the_list() -> None
 def test_options_of_another_norm_are_refused() -> None:
     with pytest.raises(ValueError, match="'layernorm' takes options of type StatisticsOptions"):
         make_norm("layernorm", PointwiseOptions())
+    with pytest.raises(ValueError, match="'identity' takes options of type NormOptions"):
+        make_norm("identity", PointwiseOptions())
 
 
 def test_by_site_puts_another_norm_there() -> None:

@@ -42,7 +42,11 @@ def test_no_norm_is_decayed_unless_all_are(norm: str) -> None:
 
 def test_every_parameter_is_in_one_group() -> None:
     model = Tiny("derf")
-    grouped = [p for g in build_optimizer(model, OptimConfig(), fused=False).param_groups for p in g["params"]]
+    grouped = [
+        p
+        for g in build_optimizer(model, OptimConfig(), fused=False).param_groups
+        for p in g["params"]
+    ]
     assert len(grouped) == len({id(p) for p in grouped}) == len(list(model.parameters()))
 
 
@@ -75,7 +79,11 @@ def test_constant_and_polynomial() -> None:
 
 def test_tri_stage_warms_up_holds_and_decays_exponentially() -> None:
     config = OptimConfig(
-        schedule="tri_stage", warmup_fraction=0.1, hold_fraction=0.4, decay_fraction=0.5, final_scale=0.05
+        schedule="tri_stage",
+        warmup_fraction=0.1,
+        hold_fraction=0.4,
+        decay_fraction=0.5,
+        final_scale=0.05,
     )
     values = curve(config)
     assert values[10:50] == [1.0] * 40

@@ -32,13 +32,15 @@ def test_generators_are_equal_for_equal_addresses() -> None:
 def test_rows_do_not_depend_on_how_samples_are_grouped() -> None:
     ids = torch.arange(100)
     whole = uniform(3, "flip", 1, ids=ids, draws=4)
-    parts = torch.cat([uniform(3, "flip", 1, ids=ids[i : i + 7], draws=4) for i in range(0, 100, 7)])
+    parts = torch.cat(
+        [uniform(3, "flip", 1, ids=ids[i : i + 7], draws=4) for i in range(0, 100, 7)]
+    )
     assert torch.equal(whole, parts)
 
 
 def test_numbers_are_uniform_and_uncorrelated() -> None:
     draws = uniform(0, "flip", 0, ids=torch.arange(200_000), draws=2)
-    assert 0 <= float(draws.min())
+    assert float(draws.min()) >= 0
     assert float(draws.max()) < 1
     assert torch.allclose(draws.mean(0), torch.tensor([0.5, 0.5], dtype=torch.float64), atol=3e-3)
     assert torch.allclose(draws.var(0), torch.full((2,), 1 / 12, dtype=torch.float64), atol=1e-3)

@@ -192,6 +192,16 @@ def test_the_baseline_comes_first_and_the_difference_is_on_each_split(
     assert rows["layernorm"].to_baseline == {}
 
 
+def test_the_only_row_of_its_name_is_the_baseline(write: Write, tmp_path: Path) -> None:
+    write(norm="layernorm", options={"eps": 1e-6}, val=0.8)
+    write(norm="dyt", val=0.7)
+    rows = rows_of(tmp_path)
+    assert list(rows) == ["layernorm eps=1e-06", "dyt"]
+    assert rows["dyt"].to_baseline["val"].mean == pytest.approx(-0.1)
+    write(norm="layernorm", options={"eps": 1e-3}, val=0.9)
+    assert rows_of(tmp_path)["dyt"].to_baseline == {}
+
+
 def test_another_metric_can_be_shown(write: Write, tmp_path: Path) -> None:
     write()
     row = rows_of(tmp_path, metric="loss")["layernorm"]
@@ -409,7 +419,7 @@ def test_csv_reads_back_with_every_figure(
     assert lines["dyt"]["test_difference_paired"] == "True"
     assert lines["dyt"]["seeds"] == "0 1 2"
     assert (lines["derf"]["failed"], lines["derf"]["val_mean"]) == ("1", "")
-    assert (lines["dyt"]["parameters"], lines["dyt"]["step_ms"]) == ("1234.0", "40.0")
+    assert (lines["dyt"]["parameters"], lines["dyt"]["step_ms"]) == ("1234", "40.0")
 
 
 def test_markdown_reads_back_and_stands_alone(write: Write, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from suite.sweep import (
     split_values,
 )
 
-# What it does is chosen by `do=`: ok, fail, diverge, silent (no result), hang, stubborn, orphan.
+# What it does is chosen by `do=`: ok, fail, diverge, silent (no result), hang, and so on.
 FAKE_TRAIN = """
 import json, os, signal, subprocess, sys, time
 tokens = dict(token.split("=", 1) for token in sys.argv[1:])
@@ -77,6 +77,8 @@ if do in ("hang", "stubborn"):
         sys.exit(130)
 time.sleep(float(tokens.get("sleep", 0)))
 result("done")
+if do == "late":
+    sys.exit(1)
 """
 
 Make = Callable[..., int]
@@ -292,6 +294,15 @@ def test_one_failed_cell_does_not_end_the_rest_and_only_it_runs_again(
     assert (out / "logs" / "do-fail.log").is_file()
 
 
+def test_a_result_that_is_written_counts_though_the_process_ends_badly(
+    sweep: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sweep("do=late") == 0
+    assert "exit code 1 after its result was written" in capsys.readouterr().out
+    assert sweep("do=late") == 0
+    assert "done before, skipped" in capsys.readouterr().out
+
+
 def test_a_larger_grid_keeps_the_finished_cells(sweep: Make, tmp_path: Path) -> None:
     assert sweep("seed=0,1") == 0
     before = (tmp_path / "out" / "seed-1" / "result.json").stat().st_mtime_ns
@@ -340,10 +351,23 @@ def test_what_a_cell_leaves_behind_is_ended_with_it(sweep: Make, tmp_path: Path)
     wait_for(lambda: not is_alive(pid))
 
 
-def test_a_command_that_does_not_exist_leaves_no_child(tmp_path: Path) -> None:
-    cells = [Cell("a", ("seed=0",), {})]
-    with pytest.raises(FileNotFoundError):
-        run_cells(cells, out=tmp_path, command=[str(tmp_path / "nothing")])
+def test_an_error_of_the_sweep_itself_leaves_no_child(
+    command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def popen(*words: Any, **options: Any) -> subprocess.Popen[bytes]:
+        if started:
+            raise OSError("no more processes")
+        started.append(real(*words, **options))
+        return started[0]
+
+    real = subprocess.Popen
+    monkeypatch.setattr("suite.cells.subprocess.Popen", popen)
+    cells = [Cell(name, ("do=hang",), {}) for name in ("a", "b")]
+    with pytest.raises(OSError, match="no more processes"):
+        run_cells(cells, out=tmp_path / "out", command=command, jobs=2)
+    assert started[0].returncode == -signal.SIGKILL
 
 
 # -- stopped -------------------------------------------------------------------------------------

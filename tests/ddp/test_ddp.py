@@ -94,7 +94,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for norm in NORMS
             for size in SIZES
         ]
-        commands.append(arguments(folder / f"accumulated-{world}", size=11, norm="dyt", world=world, accumulate=2))
+        commands.append(
+            arguments(
+                folder / f"accumulated-{world}", size=11, norm="dyt", world=world, accumulate=2
+            )
+        )
         launch(commands, world=world, folder=folder)
     return folder
 
@@ -119,9 +123,13 @@ def assert_same_training(one: dict[str, Any], two: dict[str, Any]) -> None:
                 compared += 1
     assert compared > 8
     for name, tensor in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            two["weights"][name], tensor, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
     for key in ("test/acc", "test/loss", "test/count"):
-        assert one["result"]["metrics"][key] == pytest.approx(two["result"]["metrics"][key], rel=2e-5)
+        assert one["result"]["metrics"][key] == pytest.approx(
+            two["result"]["metrics"][key], rel=2e-5
+        )
 
 
 @pytest.mark.parametrize("norm", NORMS)

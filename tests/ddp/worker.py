@@ -1,7 +1,7 @@
 """Runs several command lines in one process (or one of several), on the first N real images.
 
-usage: worker.py COMMANDS.json, a list of argument lists. Started by test_ddp.py with the environment
-that torchrun would give.
+usage: worker.py COMMANDS.json, a list of argument lists. Started by test_ddp.py with the
+environment that torchrun would give.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class First:
 def build_first(options: FirstOptions, *, seed: int) -> Splits:
     whole = build_mini(options, seed=seed)
     n = options.size
-    sizes = {name: n for name in ("train", "val", "test")}
+    sizes = dict.fromkeys(("train", "val", "test"), n)
     info = replace(whole.info, name="first", sizes=sizes)
     return Splits(First(whole.train, n), First(whole.val, n), First(whole.test, n), info)
 

@@ -1,4 +1,5 @@
-"""Every task x model x norm keeps the contract. A new norm or model is picked up with no edit here."""
+"""Every task x model x norm keeps the contract. A new norm or model is picked up with no edit
+here."""
 
 from __future__ import annotations
 
@@ -13,7 +14,15 @@ from suite.build import build_model
 from suite.config import Config, load
 from suite.data import DataInfo, SuiteDataModule
 from suite.module import SuiteModule
-from suite.norms import NORMS, SITES, NormFactory, foreign_norms, make_norm, norm_modules, norm_parameters
+from suite.norms import (
+    NORMS,
+    SITES,
+    NormFactory,
+    foreign_norms,
+    make_norm,
+    norm_modules,
+    norm_parameters,
+)
 from suite.registry import TaskSpec, load_task, task_names
 
 # What makes a full-size model small enough for a test and fit for the task's embedded data.
@@ -45,7 +54,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cell" not in metafunc.fixturenames:
         return
     cells = [
-        pytest.param((task, model, norm), marks=getattr(pytest.mark, task.split("/")[0]), id=f"{task}-{model}-{norm}")
+        pytest.param(
+            (task, model, norm),
+            marks=getattr(pytest.mark, task.split("/")[0]),
+            id=f"{task}-{model}-{norm}",
+        )
         for task in task_names()
         for model in load_task(task).models
         for norm in chosen_norms(metafunc.config, list(NORMS))
@@ -166,7 +179,9 @@ def test_state_dict_round_trips_to_equal_outputs(cell: Case) -> None:
 def test_full_size_models_build_on_the_meta_device(norm: str) -> None:
     for task in task_names():
         spec = load_task(task)
-        info = DataInfo("x", "", "", "", True, {}, classes=10, extra={"image_size": 224, "in_chans": 3})
+        info = DataInfo(
+            "x", "", "", "", True, {}, classes=10, extra={"image_size": 224, "in_chans": 3}
+        )
         factory = make_norm(norm)
         for name, choice in spec.models.items():
             extra = {"image_size": 28, "in_chans": 1} if name == "vit_fmnist" else {}

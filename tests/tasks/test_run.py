@@ -1,4 +1,5 @@
-"""Whole runs through the command line's own entry point, in this process, on the embedded images."""
+"""Whole runs through the command line's own entry point, in this process, on the embedded
+images."""
 
 from __future__ import annotations
 
@@ -94,8 +95,14 @@ def test_a_run_leaves_the_whole_record(capsys: pytest.CaptureFixture[str]) -> No
     assert found["norm_parameters"] == 9 * (1 + 64 + 64)
     names = set().union(*rows("a"))
     assert {"train/loss", "train/acc", "grad_norm", "lr", "throughput/images_per_s"} <= names
-    assert {"norm/attn/alpha", "norm/attn/rms", "norm/attn/alpha_rms", "norm/attn/saturation"} <= names
+    assert {
+        "norm/attn/alpha",
+        "norm/attn/rms",
+        "norm/attn/alpha_rms",
+        "norm/attn/saturation",
+    } <= names
     assert {"val/loss", "val/acc"} <= names
+    assert [r["step"] for r in rows("a") if "val/acc" in r] == [7, 14, 21]
     assert list(Path("a/tensorboard").glob("events*"))
     assert "best val/acc" in capsys.readouterr().out
 
@@ -112,8 +119,14 @@ def test_equal_seeds_give_equal_runs_and_config_yaml_repeats_one() -> None:
 def test_resume_is_bit_equal_to_a_run_that_was_never_interrupted(
     monkeypatch: pytest.MonkeyPatch, workers: int, crash: int
 ) -> None:
-    """Epochs have 7 steps and last.ckpt is written every 3: crashes in mid-epoch and on its last step."""
-    common = [*SHORT, f"data.num_workers={workers}", "run.save_every_n_steps=3", "optim.ema_decay=0.9"]
+    """Epochs have 7 steps and last.ckpt is written every 3: crashes in mid-epoch and on its last
+    step."""
+    common = [
+        *SHORT,
+        f"data.num_workers={workers}",
+        "run.save_every_n_steps=3",
+        "optim.ema_decay=0.9",
+    ]
     assert main([*common, "run.dir=whole"]) == 0
     with monkeypatch.context() as patch:
         crash_at(patch, crash)
@@ -129,11 +142,32 @@ def test_resume_is_bit_equal_to_a_run_that_was_never_interrupted(
 
 def test_more_steps_than_the_first_run_had_go_on_with_the_next_batches() -> None:
     constant = ["optim.schedule=constant", "optim.warmup_fraction=null"]
-    assert main([*SHORT, *constant, "trainer.max_epochs=null", "trainer.max_steps=17", "run.dir=whole"]) == 0
-    assert main([*SHORT, *constant, "trainer.max_epochs=null", "trainer.max_steps=10", "run.dir=cut"]) == 0
+    assert (
+        main(
+            [*SHORT, *constant, "trainer.max_epochs=null", "trainer.max_steps=17", "run.dir=whole"]
+        )
+        == 0
+    )
+    assert (
+        main([*SHORT, *constant, "trainer.max_epochs=null", "trainer.max_steps=10", "run.dir=cut"])
+        == 0
+    )
     assert main(["run.resume=cut", "trainer.max_steps=17"]) == 0
     a, b = weights("whole"), weights("cut")
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_that_ends_in_mid_epoch_is_validated_there() -> None:
+    assert main([*SHORT, "trainer.max_steps=9", "run.dir=a"]) == 0
+    validated = [r["step"] for r in rows("a") if "val/acc" in r]
+    assert validated == [7, 9]
+    primary = result("a")["primary"]
+    values = {r["step"]: r["val/acc"] for r in rows("a") if "val/acc" in r}
+    assert primary["last"] == values[9]
+    assert primary["best"] == max(values.values())
+    assert main([*SHORT, "trainer.max_steps=2", "run.dir=b"]) == 0
+    assert result("b")["primary"]["best"] is not None
+    assert main(["evaluate=b", "run.eval_split=val"]) == 0
 
 
 def test_resume_refuses_another_config(capsys: pytest.CaptureFixture[str]) -> None:
@@ -156,7 +190,9 @@ def test_evaluate_repeats_the_figures_of_the_run(capsys: pytest.CaptureFixture[s
     assert sorted(Path("a").rglob("*")) == before
 
 
-def test_weights_move_between_runs_but_not_between_norms(capsys: pytest.CaptureFixture[str]) -> None:
+def test_weights_move_between_runs_but_not_between_norms(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main([*SHORT, "run.dir=a", "norm=dyt"]) == 0
     assert main([*SHORT, "run.dir=b", "norm=dyt", "model.init_from=a"]) == 0
     assert rows("b")[0]["train/loss"] < rows("a")[0]["train/loss"]
@@ -236,8 +272,18 @@ def test_all_norms_start_from_the_same_loss_scale_and_batches() -> None:
 
 
 def test_gradient_clipping_bounds_the_update() -> None:
-    clip = ["optim.name=sgd", "optim.momentum=0.0", "optim.weight_decay=0.0", "optim.schedule=constant"]
-    steps = ["optim.warmup_fraction=null", "optim.lr=1.0", "trainer.max_steps=1", "trainer.gradient_clip_val=0.01"]
+    clip = [
+        "optim.name=sgd",
+        "optim.momentum=0.0",
+        "optim.weight_decay=0.0",
+        "optim.schedule=constant",
+    ]
+    steps = [
+        "optim.warmup_fraction=null",
+        "optim.lr=1.0",
+        "trainer.max_steps=1",
+        "trainer.gradient_clip_val=0.01",
+    ]
     assert main([*SHORT, *clip, *steps, "run.dir=a"]) == 0
     assert main([*SHORT, *clip, *steps, "run.dir=b", "optim.lr=1e-9"]) == 0
     a, b = weights("a"), weights("b")
