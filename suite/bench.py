@@ -115,7 +115,8 @@ ours    SuiteModule under Lightning's Trainer, as suite.train builds it: metrics
         callbacks and the Rich progress bar, which draws as on a terminal, to the null device
 plain   zero_grad, the task's step, backward, optimizer.step, scheduler.step
 Both start from the same weights and take the same batches, so both end with the same weights; how
-far they are apart is printed. Warm-up, start-up, validation and checkpoints are not timed.
+far they are apart is printed. Warm-up, start-up, validation and checkpoints are not timed; how long
+each timing lasts is this command's choice, so trainer.max_steps and the like have no effect.
 
 examples
   python -m suite.bench step task=vision/classify
