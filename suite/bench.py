@@ -121,7 +121,7 @@ each timing lasts is this command's choice, so trainer.max_steps and the like ha
 examples
   python -m suite.bench step task=vision/classify
   python -m suite.bench step task=vision/classify data.batch_size=32 rounds=9
-  python -m suite.bench step norm=layernorm run.norm_stats=false trainer.enable_progress_bar=false"""
+  python -m suite.bench step run.norm_stats=false trainer.enable_progress_bar=false"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

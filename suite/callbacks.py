@@ -268,7 +268,7 @@ class SuiteProgressBar(RichProgressBar):
             {
                 k: f"{float(v):.4g}"
                 for k, v in trainer.callback_metrics.items()
-                if k.startswith("val/")
+                if k.startswith("val/") and k != "val/count"
             }
         )
         return shown
@@ -301,7 +301,8 @@ class ProgressLines(Callback, Observer):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         values = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         if trainer.state.fn == "fit":
-            self._say(module, "  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+            shown = (f"{k} {v:.4f}" for k, v in values.items() if k != "val/count")
+            self._say(module, "  ".join(shown))
 
 
 class PrimaryTracker(Callback):

@@ -106,20 +106,21 @@ class StepTimes:
     def to_text(self) -> str:
         """A few lines for a terminal."""
         d = self.to_dict()
-        ratio, where = d["ratio"], self.device
-        if where == "cpu":
-            where = f"cpu, {d['threads']} threads"
-        return "\n".join(
-            [
-                f"step   {d['task']} {d['model']} {d['norm']}, batch {d['batch_size']}, {where}, {d['precision']}",
-                f"ours   {d['ours_ms']:.2f} ms a step",
-                f"plain  {d['plain_ms']:.2f} ms a step",
-                f"ratio  {ratio['median']:.3f}  (median of {len(self.rounds)} rounds of {self.steps} steps, "
-                f"{ratio['min']:.3f} to {ratio['max']:.3f}); overhead {d['overhead_ms']:+.2f} ms a step",
-                f"with   {', '.join(self.parts_on)}; logged every {self.log_every} steps",
-                f"check  largest difference of a weight after {WARMUP + self.steps} steps: {d['weight_gap']:.2g}",
-            ]
-        )
+        ratio, gap = d["ratio"], d["weight_gap"]
+        where = f"cpu, {d['threads']} threads" if self.device == "cpu" else self.device
+        what = f"{d['task']} {d['model']} {d['norm']}, batch {d['batch_size']}"
+        rounds = f"{len(self.rounds)} rounds of {self.steps} steps"
+        spread = f"{ratio['min']:.3f} to {ratio['max']:.3f}"
+        lines = {
+            "step": f"{what}, {where}, {d['precision']}",
+            "ours": f"{d['ours_ms']:.2f} ms a step",
+            "plain": f"{d['plain_ms']:.2f} ms a step",
+            "ratio": f"{ratio['median']:.3f} (median of {rounds}, {spread}); "
+            f"overhead {d['overhead_ms']:+.2f} ms a step",
+            "with": f"{', '.join(self.parts_on)}; logged every {self.log_every} steps",
+            "check": f"largest difference of a weight after {WARMUP + self.steps} steps: {gap:.2g}",
+        }
+        return "\n".join(f"{name:<7}{text}" for name, text in lines.items())
 
 
 def measure(config: Config, *, rounds: int, steps: int | None) -> StepTimes:
@@ -134,7 +135,8 @@ def measure(config: Config, *, rounds: int, steps: int | None) -> StepTimes:
     if available < (steps or 1):
         raise ConfigError(
             f"steps={steps or 1}: an epoch of data.batch_size={config.data.batch_size} has "
-            f"{available + WARMUP} steps, {WARMUP} of them for warm-up; take fewer steps or a smaller batch"
+            f"{available + WARMUP} steps, {WARMUP} of them for warm-up; "
+            "take fewer steps or a smaller batch"
         )
     if steps is None:
         pilot = pair.time_plain(min(PILOT, available))
@@ -177,7 +179,8 @@ def check_single(config: Config) -> None:
             )
     if trainer.precision not in precisions:
         raise ConfigError(
-            f"trainer.precision={trainer.precision}: suite.bench step takes {' or '.join(precisions)}"
+            f"trainer.precision={trainer.precision}: suite.bench step takes "
+            f"{' or '.join(precisions)}"
         )
 
 
@@ -189,11 +192,10 @@ def choose_steps(step_seconds: float, *, every: int, available: int) -> int:
 
 
 class Stopwatch(Callback):
-    """The time from the end of step `first` to the end of step `last`, waiting for the device at
-    both."""
+    """Time from the end of step `first` to that of step `last`, with all work done at both."""
 
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last = first, last
+    def __init__(self, first: int, last: int, *, device: torch.device) -> None:
+        self.first, self.last, self.device = first, last, device
         self.done, self.began, self.ended = 0, 0.0, 0.0
 
     def on_train_batch_end(self, *_: Any) -> None:

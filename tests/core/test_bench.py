@@ -1,4 +1,4 @@
-"""`python -m suite.bench`: what it prints, that both sides do the same work, and what it refuses."""
+"""`python -m suite.bench`: what it prints, that both sides do equal work, what it refuses."""
 
 from __future__ import annotations
 
@@ -42,26 +42,29 @@ def error_of(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     return lines[0]
 
 
-@pytest.fixture(scope="module")
-def pair() -> Any:
-    """Both sides of a tiny model, with clipping and a warm-up so that they have an effect."""
+# SGD for clipping: its rounding differs, and Adam blows up the gradient of a key bias, which is
+# zero but for rounding.
+KINDS = {"default": [], "clipped": ["optim.name=sgd", "trainer.gradient_clip_val=0.05"]}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def pair(request: pytest.FixtureRequest) -> Any:
+    """Both sides of a tiny model."""
     from suite.build import quiet
     from suite.config import load
     from suite.steptime import Pair
 
     quiet()
-    tokens = [*TINY, "trainer.gradient_clip_val=0.5", "trainer.log_every_n_steps=2"]
+    tokens = [*TINY, *KINDS[request.param], "trainer.log_every_n_steps=2"]
     return Pair(load(tokens).settled)
 
 
 def test_both_sides_end_with_the_same_weights_after_the_same_steps(pair: Any) -> None:
-    before = {k: v.clone() for k, v in pair.start.items()}
     for _ in range(2):  # the second round starts afresh
         pair.time_ours(5)
         pair.time_plain(5)
         ours, plain = pair.parts.module.model.state_dict(), pair.plain.model.state_dict()
-        moved = [k for k, v in ours.items() if not torch.equal(v, before[k])]
-        assert len(moved) == len(ours)
+        assert [k for k, v in ours.items() if torch.equal(v, pair.start[k])] == []
         for name, value in ours.items():
             torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=1e-6)
         assert pair.gap() < 1e-5
