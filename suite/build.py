@@ -1,5 +1,7 @@
-"""From a config to its parts: data, network, module, trainer. Raises ConfigError before anything
-is written."""
+"""From a config to its parts: data, network, module, trainer.
+
+Raises ConfigError before anything is written.
+"""
 
 from __future__ import annotations
 
@@ -120,8 +122,10 @@ def build_model(config: Config, spec: TaskSpec, factory: NormFactory, splits: Sp
 
 
 def build_parts(config: Config, *, processes: int) -> Parts:
-    """Everything but the trainer, for one of `processes`. Uses no accelerator and writes
-    nothing."""
+    """Everything but the trainer, for one of `processes`.
+
+    Uses no accelerator and writes nothing.
+    """
     spec, factory = load_task(config.task_name), build_norm(config)
     splits = build_data(config, spec)
     model = build_model(config, spec, factory, splits)
@@ -158,8 +162,7 @@ def build_parts(config: Config, *, processes: int) -> Parts:
 
 
 def identity(config: Config, factory: NormFactory) -> dict[str, Any]:
-    """What travels in every checkpoint: plain values only, so that weights_only loading reads
-    it."""
+    """What travels in every checkpoint: plain values, which weights_only loading reads."""
     return {
         "schema": 1,
         "task": config.task_name,
@@ -222,8 +225,7 @@ def build_trainer(
     folder: Path | None,
     **overrides: Any,
 ) -> L.Trainer:
-    """Lightning's Trainer from trainer.*; the suite samples, checkpoints, logs and shows progress
-    itself."""
+    """Lightning's Trainer from trainer.*; sampling, logging and progress are the suite's."""
     t = config.trainer
     loggers: list[Logger] = []
     if folder is not None:
@@ -266,8 +268,7 @@ def build_trainer(
 
 
 def build_strategy(config: Config, *, processes: int) -> Strategy | str:
-    """DDP with the run's time-out where several processes train; anything else by Lightning's
-    name."""
+    """DDP with the run's time-out for several processes; anything else by its name."""
     name = config.trainer.strategy
     unused = name == "ddp_find_unused_parameters_true"
     if processes > 1 and (unused or name in ("auto", "ddp")):

@@ -1,5 +1,4 @@
-"""What watches a run: throughput, norm statistics, the guard against non-finite values, progress
-lines."""
+"""What watches a run: throughput, norm statistics, non-finite guard, progress."""
 
 from __future__ import annotations
 
@@ -222,8 +221,7 @@ def locate(module: SuiteModule, batch: Batch) -> list[str]:
 
 @contextmanager
 def watch_outputs(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """Append the name of every leaf or norm whose output is not finite while the context is
-    open."""
+    """While open, append the name of every leaf or norm whose output is not finite."""
     norms = {id(m): m for _, m in norm_modules(model)}
     handles = []
 
@@ -252,14 +250,23 @@ def watch_outputs(model: nn.Module, found: list[str]) -> Iterator[None]:
 class SuiteProgressBar(RichProgressBar):
     """Rich's bar with the last logged window, which is already on the host: no sync a step.
 
-    It is drawn 4 times a second: drawing takes the interpreter from training for a millisecond, and
-    Lightning's 100 a second are one drawing in every step.
+    A drawing takes about a millisecond and Lightning asks for 100 a second, which is one in every
+    step, in a thread that competes with training for the interpreter. Here training's own thread
+    draws, 4 times a second.
     """
 
     SHOWN = ("train/loss", "lr", "grad_norm")
+    PAUSE = 0.25  # seconds from one drawing to the next
 
     def __init__(self, *, console: Mapping[str, Any] | None = None) -> None:
-        super().__init__(refresh_rate=4, console_kwargs=dict(console or {}))
+        super().__init__(refresh_rate=round(1 / self.PAUSE), console_kwargs=dict(console or {}))
+        self._next_drawing = 0.0
+
+    def refresh(self, hard: bool = False) -> None:
+        now = time.perf_counter()
+        if hard or now >= self._next_drawing:
+            self._next_drawing = now + self.PAUSE
+            super().refresh(hard=True)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
         latest = getattr(pl_module, "latest", {})
@@ -306,8 +313,7 @@ class ProgressLines(Callback, Observer):
 
 
 class PrimaryTracker(Callback):
-    """The metric that a run is judged by: its best value on val, the step of it, and the last
-    value."""
+    """The metric that a run is judged by: best value on val, its step, last value."""
 
     def __init__(self, key: str, direction: str) -> None:
         self.key, self.sign = key, 1.0 if direction == "max" else -1.0

@@ -48,8 +48,10 @@ def find_checkpoint(path: str | Path, *, key: str, prefer: str) -> Path:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a file holds, read on the CPU. Raises ConfigError for one that is broken or not plain
-    data."""
+    """What a file holds, read on the CPU.
+
+    Raises ConfigError for one that is broken or not plain data.
+    """
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))
@@ -108,8 +110,7 @@ def read_weights(
     key: str,
     across_norms: bool = False,
 ) -> list[str]:
-    """Load `file` into `model`, strictly but for norms if across_norms; key: what to call it in
-    errors."""
+    """Load `file` into `model`, strictly but for norms if across_norms. key: its name in errors."""
     state, identity = split_weights(read_checkpoint(file))
     where = f"{key}={file}"
     if identity is not None and not across_norms:

@@ -54,8 +54,10 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What result.json says of the data. sizes: examples by split; extra: what a model must
-    know."""
+    """What result.json says of the data.
+
+    sizes: examples by split; extra: what a model must know.
+    """
 
     name: str
     license: str
@@ -68,8 +70,7 @@ class DataInfo:
 
 
 class BatchDataset(Protocol):
-    """A split: fetch gives the tensors of a batch; its randomness depends on (seed, epoch, index)
-    only."""
+    """A split; fetch's randomness depends on (seed, epoch, index) only."""
 
     def __len__(self) -> int: ...
 
@@ -96,8 +97,7 @@ class BatchAddress:
 
 
 def batches_done(trainer: L.Trainer) -> int:
-    """Micro-batches that this run has trained on, over all its interruptions: Lightning's own
-    count."""
+    """Micro-batches that this run has trained on, over all its interruptions."""
     total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return int(total.processed)
 
@@ -154,8 +154,7 @@ class TrainSampler(Sampler[BatchAddress]):
 
 
 class EvalSampler(Sampler[BatchAddress]):
-    """This rank's evaluation batches in the data's order, padded so that all ranks take equal
-    steps."""
+    """This rank's evaluation batches in order, padded so that all ranks take equal steps."""
 
     def __init__(
         self, size: int, *, batch_size: int, rank: int, world_size: int, limit: int | float | None
@@ -176,8 +175,7 @@ class EvalSampler(Sampler[BatchAddress]):
 
 
 def address(indices: list[int], *, size: int, epoch: int) -> BatchAddress:
-    """Pad `indices` to `size` with the batch's first sample (or sample 0) and remember what is
-    real."""
+    """Pad `indices` to `size` with its first sample (or sample 0); note how many are real."""
     filler = indices[0] if indices else 0
     return BatchAddress(indices + [filler] * (size - len(indices)), len(indices), epoch)
 
@@ -286,8 +284,7 @@ class SuiteDataModule(L.LightningDataModule):
         return self._eval_dataloader("test")
 
     def fixed_batch(self, size: int) -> dict[str, Tensor]:
-        """The first `size` training examples, not augmented: the same on every rank and in every
-        run."""
+        """The first `size` training examples, not augmented: the same everywhere."""
         indices = list(range(min(size, len(self.splits.train))))
         dataset = AddressedDataset(self.splits.train, train=False)
         return dataset[address(indices, size=len(indices), epoch=0)]

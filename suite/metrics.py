@@ -128,8 +128,7 @@ def peak_memory() -> int:
 
 
 def git_state(folder: Path) -> Json | None:
-    """Revision of the checkout that `folder` lies in, and whether it was changed; None outside
-    one."""
+    """Revision of `folder`'s checkout and whether it was changed; None outside one."""
 
     def run(*words: str) -> str | None:
         command = ["git", "-C", str(folder), *words]

@@ -147,8 +147,10 @@ class SuiteModule(L.LightningModule):
         """Loss and metric inputs of one batch."""
 
     def metrics(self) -> MetricCollection:
-        """Fresh metric objects for a whole validation or test set. Called before the model is
-        set."""
+        """Fresh metric objects for a whole validation or test set.
+
+        Called before the model is set.
+        """
         return MetricCollection({})
 
     def initialise(self, batch: Batch) -> dict[str, float]:
@@ -166,8 +168,7 @@ class SuiteModule(L.LightningModule):
         self._logged_step = self.trainer.global_step
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Dropout and the like become a function of (seed, position, rank): nothing to save or
-        restore."""
+        """Dropout becomes a function of (seed, position, rank): nothing to save or restore."""
         seed = derive(self.seed, "step", batches_done(self.trainer), self.global_rank)
         torch.default_generator.manual_seed(
             seed
@@ -232,8 +233,7 @@ class SuiteModule(L.LightningModule):
         self.epoch_totals = {"loss": 0.0, "_count": 0.0}
 
     def _flush(self, step: int) -> None:
-        """Log the window of steps since the last one: one transfer from the device for all
-        values."""
+        """Log the steps since the last window, with one transfer from the device."""
         self._logged_step = step
         totals = self.window.totals(self.device)
         if not totals:

@@ -1,5 +1,4 @@
-"""Names to tasks: the only file of `suite` that imports `tasks`, lazily, and only the chosen
-one."""
+"""Names to tasks: the only file of `suite` that imports `tasks`, the chosen one, lazily."""
 
 from __future__ import annotations
 

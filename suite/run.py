@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -180,8 +180,7 @@ def fit(parts: Parts, trainer: L.Trainer, resume: Path | None) -> None:
 
 
 def validate_the_end(parts: Parts, trainer: L.Trainer, folder: Path) -> None:
-    """Lightning does not validate where max_steps ends a run in mid-epoch; its last weights count
-    too."""
+    """Validate a run that max_steps ended in mid-epoch, which Lightning does not."""
     tracker = find(trainer, PrimaryTracker)
     if parts.config.trainer.limit_val_batches == 0 or tracker.last_step == trainer.global_step:
         return
@@ -214,8 +213,7 @@ def measured(trainer: L.Trainer, split: str) -> dict[str, float]:
 
 
 def initialise(parts: Parts) -> None:
-    """Data-dependent initialisation, the same on every rank, before anything is wrapped or
-    moved."""
+    """Data-dependent initialisation, the same on every rank."""
     config = parts.config
     if config.model.init_from:
         return
@@ -275,8 +273,14 @@ def choose_folder(config: Config) -> Path:
     runs/<task>/<model>-<norm>-seed<k>-<n>."""
     if FOLDER_VARIABLE in os.environ and not is_main_process():
         return Path(os.environ[FOLDER_VARIABLE])
-    if config.run.resume != "never" and config.run.dir is None:
-        return run_folder(Path(config.run.resume))
+    if config.run.resume != "never":
+        folder = run_folder(Path(config.run.resume))
+        if config.run.dir is not None and Path(config.run.dir).resolve() != folder.resolve():
+            raise ConfigError(
+                f"run.dir={config.run.dir}: a resumed run goes on in its own folder, {folder}; "
+                "leave run.dir out, or start a new run with model.init_from"
+            )
+        return folder
     if config.run.dir is not None:
         folder = Path(config.run.dir).expanduser()
     else:
@@ -290,13 +294,14 @@ def choose_folder(config: Config) -> Path:
 
 
 def open_folder(config: Config, folder: Path, *, fresh: bool) -> None:
-    """Create the folder with its config.yaml, on rank 0, and tell the processes that will be
-    started."""
+    """Create the folder with its config.yaml, and tell the processes that will be started."""
     if not is_main_process():
         return
     try:
         folder.mkdir(parents=True, exist_ok=not fresh or config.run.dir is not None)
-        (folder / "config.yaml").write_text(to_yaml(config))
+        # without the folder itself: config=FILE repeats the run elsewhere
+        portable = replace(config, run=replace(config.run, dir=None, resume="never"))
+        (folder / "config.yaml").write_text(to_yaml(portable))
     except FileExistsError as error:
         raise ConfigError(
             f"{folder}: another run took this folder just now; start again"
@@ -393,8 +398,7 @@ def dry_run(config: Config, *, command: str) -> int:
 
 
 def available_memory() -> int:
-    """Bytes that this process could still take: of the GPU where there is one, else of the
-    machine."""
+    """Bytes that could still be taken: of the GPU where there is one, else of the machine."""
     import torch
 
     if torch.cuda.is_available():

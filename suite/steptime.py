@@ -5,11 +5,13 @@ the same task step and drive the same optimizer and schedule; what differs is ev
 suite and Lightning put around it. That they end with the same weights shows that the work was the
 same. (With dropout they do not: the suite reseeds every step, the plain loop does not.)
 
-How it is timed: a round is one whole `Trainer.fit` and one plain loop, in random order, each from
-the initial weights, each timed from the end of step WARMUP to the end of step WARMUP + N. So a
-timing holds N whole cycles (fetch, step, hooks, logging) and no start-up, validation or checkpoint,
-and the bar's own thread lives on our side only. N is a multiple of the logging interval where the
-epoch is long enough, so that a timing holds its share of logged windows.
+How it is timed: a round is one `Trainer.fit` and one plain loop of as many steps, each from the
+initial weights. They take turns inside the round: after about SLICE_SECONDS of training the trainer
+waits in a callback while the plain loop does the same steps, or the other way round (drawn for each
+round). So a machine that slows down slows both. Our clock runs from the end of one step to the end
+of a later one, so it holds whole cycles (fetch, step, hooks, logging, drawing) and no start-up,
+validation or checkpoint; WARMUP steps come before. The steps of a round are a multiple of the
+logging interval where the epoch is long enough, so that they hold their share of logged windows.
 
 The task's step is on both sides, with the metrics that it computes while training; on our side
 their accumulation and logging come on top. (A loop without accuracy would be faster by that much.)
@@ -18,11 +20,13 @@ their accumulation and logging come on top. (A loop without accuracy would be fa
 from __future__ import annotations
 
 import gc
+import math
 import os
 import random
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
@@ -46,7 +50,8 @@ from suite.train import say
 
 WARMUP = 4
 PILOT = 5
-SECONDS = 1.0  # what a timing lasts at least, unless steps= or the epoch's length says otherwise
+ROUND_SECONDS = 1.0  # what a side's share of a round lasts at least, if the epoch is long enough
+SLICE_SECONDS = 0.5  # not much less: the bar is drawn anew at every turn, besides 4 times a second
 TERMINAL_WIDTH = 120
 
 
@@ -138,15 +143,14 @@ def measure(config: Config, *, rounds: int, steps: int | None) -> StepTimes:
             f"{available + WARMUP} steps, {WARMUP} of them for warm-up; "
             "take fewer steps or a smaller batch"
         )
+    step_seconds = pair.pilot(min(PILOT, available))
     if steps is None:
-        pilot = pair.time_plain(min(PILOT, available))
-        steps = choose_steps(pilot, every=config.trainer.log_every_n_steps, available=available)
+        every = config.trainer.log_every_n_steps
+        steps = choose_steps(step_seconds, every=every, available=available)
+    slices = cut(steps, size=max(1, math.ceil(SLICE_SECONDS / step_seconds)))
     found, order = [], random.Random(config.seed)
     for number in range(rounds):
-        sides = [pair.time_ours, pair.time_plain]
-        order.shuffle(sides)
-        seconds = {side.__name__: side(steps) for side in sides}
-        done = Round(seconds["time_ours"], seconds["time_plain"], pair.gap())
+        done = pair.round(slices, plain_first=order.random() < 0.5)
         say(
             f"round {number + 1}/{rounds}: ours {1e3 * done.ours:.2f} ms, "
             f"plain {1e3 * done.plain:.2f} ms, ratio {done.ratio:.3f}"
@@ -185,33 +189,65 @@ def check_single(config: Config) -> None:
 
 
 def choose_steps(step_seconds: float, *, every: int, available: int) -> int:
-    """Whole logging windows that last SECONDS together; what the epoch has where it is too
+    """Whole logging windows that last ROUND_SECONDS together; what the epoch has where it is too
     short."""
-    windows = -(-SECONDS // (step_seconds * every))
+    windows = -(-ROUND_SECONDS // (step_seconds * every))
     return min(max(1, int(windows)) * every, available // every * every or available)
 
 
-class Stopwatch(Callback):
-    """Time from the end of step `first` to that of step `last`, with all work done at both."""
+def cut(steps: int, *, size: int) -> list[int]:
+    """`steps` as slices of `size`, or a little less, all nearly equal."""
+    count = -(-steps // size)
+    return [steps // count + (k < steps % count) for k in range(count)]
 
-    def __init__(self, first: int, last: int, *, device: torch.device) -> None:
-        self.first, self.last, self.device = first, last, device
-        self.done, self.began, self.ended = 0, 0.0, 0.0
+
+class Turns(Callback):
+    """Lets a plain loop train by turns with the trainer that this callback belongs to.
+
+    plain: does a step each time it is asked for the next item. slices: steps of each turn.
+    """
+
+    def __init__(
+        self,
+        plain: Iterator[None],
+        *,
+        slices: Sequence[int],
+        plain_first: bool,
+        device: torch.device,
+    ) -> None:
+        self.plain, self.device = plain, device
+        self.ours_left, self.plain_left = list(slices), list(slices)
+        self.plain_first = plain_first
+        self.ours_seconds, self.plain_seconds = 0.0, 0.0
+        self._to_go, self._since = WARMUP, 0.0
 
     def on_train_batch_end(self, *_: Any) -> None:
-        self.tick()
+        self._to_go -= 1
+        if self._to_go:
+            return
+        here = now(self.device)
+        if self._since:
+            self.ours_seconds += here - self._since
+            self.plain_turn()
+        else:
+            self.advance(WARMUP)
+            if self.plain_first:
+                self.plain_turn()
+        if self.ours_left:
+            self._to_go = self.ours_left.pop(0)
+        self._since = now(self.device)
 
-    def tick(self) -> None:
-        """One more step is done."""
-        self.done += 1
-        if self.done == self.first:
-            self.began = now(self.device)
-        elif self.done == self.last:
-            self.ended = now(self.device)
+    def plain_turn(self) -> None:
+        """The plain loop's next slice, if it has one."""
+        if self.plain_left:
+            start = now(self.device)
+            self.advance(self.plain_left.pop(0))
+            self.plain_seconds += now(self.device) - start
 
-    @property
-    def step_seconds(self) -> float:
-        return (self.ended - self.began) / (self.last - self.first)
+    def advance(self, steps: int) -> None:
+        """Some steps of the plain loop."""
+        for _ in range(steps):
+            next(self.plain)
 
 
 def now(device: torch.device) -> float:
@@ -222,7 +258,7 @@ def now(device: torch.device) -> float:
 
 
 class Pair:
-    """The two sides, which share their starting weights and nothing else."""
+    """The two sides, which have nothing in common but the weights that they start from."""
 
     def __init__(self, config: Config) -> None:
         # Validation, saving and limits of time are not part of a step
@@ -251,35 +287,42 @@ class Pair:
         """The plain side's batches: those that the trainer sees, from the first on."""
         return self.batches.train_dataloader()
 
-    def time_ours(self, steps: int) -> float:
-        """Seconds a step of `Trainer.fit`, with all that suite.train switches on."""
-        last = WARMUP + steps
-        watch, module = Stopwatch(WARMUP, last, device=self.device), self.parts.module
-        module.model.load_state_dict(self.start)
-        t = self.config.trainer
-        config = replace(
-            self.config,
-            trainer=replace(t, max_steps=last, log_every_n_steps=min(t.log_every_n_steps, steps)),
+    def round(self, slices: Sequence[int], *, plain_first: bool) -> Round:
+        """Both sides, by turns. slices: steps of each turn, after WARMUP."""
+        steps = sum(slices)
+        last, module, t = WARMUP + steps, self.parts.module, self.config.trainer
+        every = min(t.log_every_n_steps, steps)
+        trainer_config = replace(t, max_steps=last, log_every_n_steps=every)
+        config = replace(self.config, trainer=trainer_config)
+        turns = Turns(
+            self.plain_steps(last), slices=slices, plain_first=plain_first, device=self.device
         )
+        module.model.load_state_dict(self.start)
         with tempfile.TemporaryDirectory() as name, Path(os.devnull).open("w") as null:
             folder = Path(name)
-            callbacks = [
-                at_terminal(c, null) for c in build_callbacks(config, self.parts.spec, folder)
-            ]
-            trainer = build_trainer(
-                config, processes=1, callbacks=[*callbacks, watch], folder=folder
-            )
-            self.parts_on = [type(x).__name__ for x in (*callbacks, *trainer.loggers)]
+            usual = build_callbacks(config, self.parts.spec, folder)
+            usual = [at_terminal(c, null) for c in usual]
+            trainer = build_trainer(config, processes=1, callbacks=[*usual, turns], folder=folder)
+            self.parts_on = [type(x).__name__ for x in (*usual, *trainer.loggers)]
             gc.collect()
             try:
                 trainer.fit(module, datamodule=self.parts.data)
             finally:
                 rich.reconfigure()  # the bar had put its own console in the place of Rich's
-        return watch.step_seconds
+        return Round(turns.ours_seconds / steps, turns.plain_seconds / steps, self.gap())
 
-    def time_plain(self, steps: int) -> float:
-        """Seconds a step of the loop that everyone writes."""
-        last = WARMUP + steps
+    def pilot(self, steps: int) -> float:
+        """Seconds a step of the plain loop, roughly."""
+        loop = self.plain_steps(WARMUP + steps)
+        for _ in range(WARMUP):
+            next(loop)
+        start = now(self.device)
+        for _ in range(steps):
+            next(loop)
+        return (now(self.device) - start) / steps
+
+    def plain_steps(self, last: int) -> Iterator[None]:
+        """The loop that everyone writes: `last` steps from the initial weights, one an item."""
         module, config = self.plain, self.config
         module.model.load_state_dict(self.start)
         module.to(self.device)
@@ -290,9 +333,7 @@ class Pair:
         factor = schedule(config.optim, total=last, warmup=warmup)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         half = config.trainer.precision == "bf16-mixed"
-        watch = Stopwatch(WARMUP, last, device=self.device)
-        gc.collect()
-        for _, batch in zip(range(last), self.loader(), strict=False):
+        for batch in self.loader():
             batch = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
             optimizer.zero_grad()
             with torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext():
@@ -302,8 +343,7 @@ class Pair:
             clip(module, config)
             optimizer.step()
             scheduler.step()
-            watch.tick()
-        return watch.step_seconds
+            yield
 
     def gap(self) -> float:
         """Largest difference between a weight of one side and the same weight of the other."""

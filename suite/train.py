@@ -49,8 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def act(action: str, config: Config, *, command: str) -> int:
-    """Train, evaluate or try out. The heavy imports happen here, after the config is known to be
-    right."""
+    """Train, evaluate or try out.
+
+    The heavy imports happen here, after the config is known to be right.
+    """
     from suite import run
 
     actions: dict[str, Callable[..., int]] = {
@@ -77,8 +79,10 @@ def say(text: str, **kwargs: Any) -> None:
 
 
 def complain(text: str) -> None:
-    """One line on stderr: what is wrong. Every process says it with its rank, the first one
-    without."""
+    """One line on stderr: what is wrong.
+
+    Every process says it with its rank, the first one without.
+    """
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     prefix = "error" if rank == "0" else f"error (rank {rank})"
     print(f"{prefix}: {' '.join(text.split())}", file=sys.stderr, flush=True)

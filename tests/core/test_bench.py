@@ -60,19 +60,18 @@ def pair(request: pytest.FixtureRequest) -> Any:
 
 
 def test_both_sides_end_with_the_same_weights_after_the_same_steps(pair: Any) -> None:
-    for _ in range(2):  # the second round starts afresh
-        pair.time_ours(5)
-        pair.time_plain(5)
+    for plain_first in (False, True):  # the second round starts afresh
+        found = pair.round([3, 2], plain_first=plain_first)
         ours, plain = pair.parts.module.model.state_dict(), pair.plain.model.state_dict()
         assert [k for k, v in ours.items() if torch.equal(v, pair.start[k])] == []
         for name, value in ours.items():
             torch.testing.assert_close(value, plain[name], rtol=1e-5, atol=1e-6)
-        assert pair.gap() < 1e-5
+        assert found.gap < 1e-5
 
 
 def test_our_side_is_the_stack_that_a_run_has(pair: Any) -> None:
     console = rich.get_console()
-    pair.time_ours(2)
+    pair.round([2], plain_first=False)
     assert {
         *("NonFiniteGuard", "Throughput", "PrimaryTracker", "NormStatistics", "SuiteProgressBar"),
         *("ModelCheckpoint", "JsonlLogger", "TensorBoardLogger"),
@@ -116,6 +115,30 @@ def test_a_timing_holds_whole_logging_windows(
     from suite.steptime import choose_steps
 
     assert choose_steps(step_ms / 1e3, every=every, available=available) == steps
+
+
+def test_turns_are_of_nearly_equal_length() -> None:
+    from suite.steptime import cut
+
+    assert cut(39, size=10) == [10, 10, 10, 9]
+    assert cut(39, size=100) == [39]
+    assert cut(3, size=1) == [1, 1, 1]
+
+
+def test_both_sides_take_the_same_number_of_timed_steps() -> None:
+    from suite.steptime import WARMUP, Turns
+
+    for plain_first in (False, True):
+        taken: list[str] = []
+        plain = (taken.append("plain") for _ in range(100))
+        turns = Turns(plain, slices=[2, 1], plain_first=plain_first, device=torch.device("cpu"))
+        for _ in range(WARMUP + 3):
+            taken.append("ours")
+            turns.on_train_batch_end()
+        order = "".join(name[0] for name in taken[2 * WARMUP :])
+        assert order == ("ppoopo" if plain_first else "ooppop")
+        assert turns.ours_seconds > 0
+        assert turns.plain_seconds > 0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""Which samples a step sees is a function of (seed, epoch, batches done), on any number of
-ranks."""
+"""Which samples a step sees is a function of (seed, epoch, batches done)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""Every task x model x norm keeps the contract. A new norm or model is picked up with no edit
-here."""
+"""Every task x model x norm keeps the contract.
+
+A new norm or model is picked up with no edit here.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Whole runs through the command line's own entry point, in this process, on the embedded
-images."""
+"""Whole runs through the command line's own entry point, on the embedded images."""
 
 from __future__ import annotations
 
@@ -119,8 +118,7 @@ def test_equal_seeds_give_equal_runs_and_config_yaml_repeats_one() -> None:
 def test_resume_is_bit_equal_to_a_run_that_was_never_interrupted(
     monkeypatch: pytest.MonkeyPatch, workers: int, crash: int
 ) -> None:
-    """Epochs have 7 steps and last.ckpt is written every 3: crashes in mid-epoch and on its last
-    step."""
+    """Epochs have 7 steps and last.ckpt is written every 3: in mid-epoch, on the last step."""
     common = [
         *SHORT,
         f"data.num_workers={workers}",
@@ -177,6 +175,18 @@ def test_resume_refuses_another_config(capsys: pytest.CaptureFixture[str]) -> No
     assert "optim.lr" in one_line(capsys)
     assert main(["run.resume=a", "norm=layernorm"]) == 2
     assert "norm" in one_line(capsys)
+    assert main(["run.resume=a", "run.dir=b"]) == 2
+    assert "its own folder" in one_line(capsys)
+    assert not Path("b").exists()
+
+
+def test_a_run_is_resumed_in_its_folder_from_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main([*SHORT, "trainer.max_epochs=1", "run.dir=a"]) == 0
+    Path("elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert main(["run.resume=../a", "trainer.max_epochs=2"]) == 0
+    assert result("../a")["steps"] == 14
+    assert list(Path.cwd().iterdir()) == []
 
 
 def test_evaluate_repeats_the_figures_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
