@@ -1,0 +1,88 @@
+"""What only a GPU shows: whole runs in mixed precision, the guard's delayed check, two devices.
+
+Not yet run on a GPU. `tox -e gpu` runs them; without a GPU they are skipped.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+import suite.build
+from suite.norms import NORMS, make_norm
+from suite.train import main
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+SHORT = [
+    "trainer.max_epochs=1",
+    "trainer.limit_train_batches=20",
+    "trainer.log_every_n_steps=5",
+    "trainer.accelerator=gpu",
+]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SUITE_RUN_DIR", raising=False)
+
+
+def rows(run: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
+def test_a_run_on_a_gpu_follows_the_one_on_the_cpu(precision: str) -> None:
+    cpu = [t for t in SHORT if "accelerator" not in t]
+    assert main([*cpu, "trainer.accelerator=cpu", "run.dir=cpu"]) == 0
+    assert main([*SHORT, f"trainer.precision={precision}", "run.dir=gpu"]) == 0
+    one, two = (
+        {r["step"]: r["train/loss"] for r in rows(run) if "train/loss" in r}
+        for run in ("cpu", "gpu")
+    )
+    tolerance = 1e-3 if precision == "32-true" else 3e-2
+    assert one[1] == pytest.approx(two[1], rel=tolerance)
+    assert one[20] == pytest.approx(two[20], rel=10 * tolerance)
+
+
+def test_the_guard_stops_within_a_step_of_a_non_finite_gradient(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer: Any, module: Any, *args: Any) -> None:
+            if trainer.global_step == 4:
+                module.model.blocks[1].norm1.weight.data[0] = float("nan")
+
+    whole = suite.build.build_callbacks
+    monkeypatch.setattr("suite.run.build_callbacks", lambda *a, **k: [*whole(*a, **k), Poison()])
+    assert main([*SHORT, "run.dir=a"]) == 3
+    assert "blocks.1.norm1" in capsys.readouterr().err
+    assert json.loads(Path("a/result.json").read_text())["steps"] <= 6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", list(NORMS))
+def test_norms_on_the_gpu_equal_those_on_the_cpu(name: str, dtype: torch.dtype) -> None:
+    x = torch.randn(4, 33, 96)
+    cpu = make_norm(name)(96, site="ffn")
+    expected = cpu(x.to(dtype).float())
+    found = cpu.to("cuda")(x.to("cuda", dtype))
+    assert found.dtype == dtype
+    rtol = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(found.float().cpu(), expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_two_gpus_give_the_losses_of_one() -> None:
+    for world in (1, 2):
+        assert main([*SHORT, f"trainer.devices={world}", f"run.dir={world}"]) == 0
+    one, two = ([r.get("train/loss") for r in rows(str(w))] for w in (1, 2))
+    assert one == pytest.approx(two, rel=1e-3)
