@@ -6,9 +6,14 @@ Raises ConfigError before anything is written.
 from __future__ import annotations
 
 import logging
+import os
+import signal
+import subprocess
+import threading
+import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +21,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -38,7 +44,7 @@ from suite.metrics import JsonlLogger
 from suite.module import SuiteModule
 from suite.norms import NormFactory, foreign_norms, make_norm, norm_modules
 from suite.registry import TaskSpec, load_task
-from suite.train import say
+from suite.train import complain, say
 
 QUIET = (
     r".*sync_dist=True.*",
@@ -148,6 +154,12 @@ def build_parts(config: Config, *, processes: int) -> Parts:
         },
     )
     sampler = data.train_sampler(rank=0, world_size=processes)  # refuses a batch over the data
+    every = trainer.val_check_interval
+    if isinstance(every, int) and every > len(sampler) > 0 and trainer.check_val_every_n_epoch:
+        raise ConfigError(
+            f"trainer.val_check_interval={every}: an epoch has only {len(sampler)} batches; take "
+            "at most that, or trainer.check_val_every_n_epoch=null to count over epochs"
+        )
     module: SuiteModule = spec.module(
         model,
         options=config.task,
@@ -190,10 +202,11 @@ def audit_line(parts: Parts) -> str:
 def build_callbacks(config: Config, spec: TaskSpec, folder: Path | None) -> list[Callback]:
     """Observers, progress and, with a folder, checkpoints: the best on val and the last epoch."""
     name, direction, split = spec.primary
+    best = None if folder is None else folder / "checkpoints" / "best.ckpt"
     callbacks: list[Callback] = [
         NonFiniteGuard(),
         Throughput(spec.unit),
-        PrimaryTracker(f"{split}/{name}", direction),
+        PrimaryTracker(f"{split}/{name}", direction, best),
     ]
     if config.run.norm_stats:
         callbacks.append(
@@ -207,9 +220,6 @@ def build_callbacks(config: Config, spec: TaskSpec, folder: Path | None) -> list
         callbacks.append(EMAWeightAveraging(decay=config.optim.ema_decay))
     if folder is not None:
         place: dict[str, Any] = {"dirpath": folder / "checkpoints", "enable_version_counter": False}
-        callbacks.append(
-            ModelCheckpoint(filename="best", monitor=f"{split}/{name}", mode=direction, **place)
-        )
         callbacks.append(ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **place))
         if config.run.save_every_n_steps is not None:
             every = config.run.save_every_n_steps
@@ -277,6 +287,64 @@ def build_strategy(config: Config, *, processes: int) -> Strategy | str:
             timeout=timeout, find_unused_parameters=unused, gradient_as_bucket_view=True
         )
     return name
+
+
+class Children:
+    """Rank 0's watch over the processes that Lightning starts for the other ranks.
+
+    Lightning's own observer ends rank 0 with SIGKILL up to 5 s after another rank has failed: no
+    result.json, exit code 137, whatever rank 0 was about to say. Here rank 0 has GRACE seconds to
+    end by itself; one that hangs in a collective is ended, after `failed` was told why.
+    """
+
+    GRACE = 10.0
+
+    def __init__(
+        self, trainer: L.Trainer, *, failed: Callable[[str], Any] = lambda text: None
+    ) -> None:
+        self.trainer, self.failed = trainer, failed
+        self._over = threading.Event()
+        signals: Any = trainer._signal_connector
+        if trainer.world_size > 1 and "SLURM_JOB_ID" not in os.environ:
+            # Lightning's broadcasts in the signal handler, which hangs between two collectives
+            signals._sigterm_notifier_fn = signal.default_int_handler
+
+    @property
+    def processes(self) -> list[subprocess.Popen[bytes]]:
+        """Those of ranks 1 and up; none under torchrun, or before the launch."""
+        return list(getattr(self.trainer.strategy.launcher, "procs", []))
+
+    def __enter__(self) -> Children:
+        if self.trainer.strategy.launcher is not None:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close(grace=self.GRACE / 2)
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.2):
+            for thread in threading.enumerate():
+                if isinstance(thread, _ChildProcessObserver):
+                    thread._child_processes = []
+            codes = {rank: p.poll() for rank, p in enumerate(self.processes, 1)}
+            bad = {rank: code for rank, code in codes.items() if code}
+            if bad and not self._over.wait(self.GRACE):
+                text = ", ".join(f"rank {r} ended with exit code {c}" for r, c in bad.items())
+                self.failed(f"{text}; its own lines say why")
+                self._close(grace=0.0)
+                complain(text)
+                os._exit(1)
+
+    def _close(self, *, grace: float) -> None:
+        """Stop watching; wait `grace` seconds for the processes to end and kill the rest."""
+        self._over.set()
+        until = time.monotonic() + grace
+        for process in self.processes:
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def parameter_count(parts: Parts) -> tuple[int, int]:

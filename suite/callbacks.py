@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
+from suite.checkpoint import read_checkpoint
 from suite.errors import DivergedError
 from suite.module import Batch, Observer, SuiteModule
 from suite.norms import norm_modules
@@ -146,41 +148,55 @@ class NonFiniteGuard(Callback, Observer):
 
     The gradient norm is the same on all ranks after the all-reduce, so all of them stop together.
     On a CPU the check comes before the update; on a GPU it reads the last step's flag, so as not to
-    make the host wait for the device in every step.
+    make the host wait for the device in every step, and before a checkpoint is written. Under
+    16-mixed, whose GradScaler skips such steps by design, two windows of them in a row are too many.
     """
 
     def __init__(self) -> None:
-        self._pending: tuple[Any, Tensor, Batch | None] | None = None
-        self._scaled = False
+        self._pending: tuple[Any, Tensor, Batch | None, int] | None = None
+        self._scaled, self._bad_windows = False, 0
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._scaled = trainer.precision == "16-mixed"  # its GradScaler skips such steps by design
+        self._scaled = trainer.precision == "16-mixed"
 
     def on_gradients(self, module: SuiteModule, norm: Tensor) -> None:
         if self._scaled:
             return
         if norm.device.type != "cuda":
             if not math.isfinite(float(norm)):
-                self._stop(module, module.batch)
+                step = module.trainer.global_step + 1
+                raise DivergedError(self.describe(module, module.batch, step))
             return
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            event, flag, batch = pending
-            event.synchronize()
-            if not bool(flag):
-                self._stop(module, batch)
+        self._check_last_step(module)
         flag = torch.empty((), dtype=torch.bool, pin_memory=True)
         flag.copy_(torch.isfinite(norm), non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._pending = (event, flag, module.batch)
+        self._pending = (event, flag, module.batch, module.trainer.global_step + 1)
 
-    def _stop(self, module: SuiteModule, batch: Batch | None) -> None:
-        raise DivergedError(self.describe(module, batch))
+    def _check_last_step(self, module: SuiteModule) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            event, flag, batch, step = pending
+            event.synchronize()
+            if not bool(flag):
+                raise DivergedError(self.describe(module, batch, step))
 
-    def describe(self, module: SuiteModule, batch: Batch | None) -> str:
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        assert isinstance(module, SuiteModule)
+        self._check_last_step(module)
+
+    def on_window(self, module: SuiteModule, values: dict[str, float], units: float) -> None:
+        finite = math.isfinite(values["train/loss"])
+        self._bad_windows = 0 if finite else self._bad_windows + 1
+        if self._scaled and self._bad_windows == 2:
+            raise DivergedError(self.describe(module, module.batch, module.trainer.global_step))
+
+    def describe(self, module: SuiteModule, batch: Batch | None, step: int) -> str:
         """One line: where the first non-finite value is."""
-        step, epoch = module.trainer.global_step + 1, module.current_epoch
+        epoch = module.current_epoch
         where = f"step {step}, epoch {epoch}, rank {module.global_rank}"
         gradients = [
             n
@@ -250,22 +266,22 @@ def watch_outputs(model: nn.Module, found: list[str]) -> Iterator[None]:
 class SuiteProgressBar(RichProgressBar):
     """Rich's bar with the last logged window, which is already on the host: no sync a step.
 
-    A drawing takes about a millisecond and Lightning asks for 100 a second, which is one in every
+    A drawing takes a millisecond or two and Lightning asks for 100 a second, which is one in every
     step, in a thread that competes with training for the interpreter. Here training's own thread
-    draws, 4 times a second.
+    draws, twice a second.
     """
 
     SHOWN = ("train/loss", "lr", "grad_norm")
-    PAUSE = 0.25  # seconds from one drawing to the next
+    PAUSE = 0.5  # seconds from one drawing to the next
 
     def __init__(self, *, console: Mapping[str, Any] | None = None) -> None:
         super().__init__(refresh_rate=round(1 / self.PAUSE), console_kwargs=dict(console or {}))
-        self._next_drawing = 0.0
+        self.next_drawing = 0.0
 
     def refresh(self, hard: bool = False) -> None:
         now = time.perf_counter()
-        if hard or now >= self._next_drawing:
-            self._next_drawing = now + self.PAUSE
+        if hard or now >= self.next_drawing:
+            self.next_drawing = now + self.PAUSE
             super().refresh(hard=True)
 
     def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, Any]:
@@ -313,10 +329,15 @@ class ProgressLines(Callback, Observer):
 
 
 class PrimaryTracker(Callback):
-    """The metric that a run is judged by: best value on val, its step, last value."""
+    """The metric that a run is judged by: best value on val, its step, last value.
 
-    def __init__(self, key: str, direction: str) -> None:
-        self.key, self.sign = key, 1.0 if direction == "max" else -1.0
+    It saves the best to `path` itself, so that record and file tell of the same weights:
+    ModelCheckpoint forgets its best score when a folder is moved, counts NaN otherwise and misses
+    the validation after the last step. None: nothing is saved.
+    """
+
+    def __init__(self, key: str, direction: str, path: Path | None = None) -> None:
+        self.key, self.sign, self.path = key, 1.0 if direction == "max" else -1.0, path
         self.best: float | None = None
         self.best_step: int | None = None
         self.last: float | None = None
@@ -325,10 +346,13 @@ class PrimaryTracker(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
-            values = {k: float(v) for k, v in trainer.callback_metrics.items()}
-            self.take(
-                {k: v for k, v in values.items() if k.startswith("val/")}, trainer.global_step
-            )
+            self.note(trainer)
+
+    def note(self, trainer: L.Trainer) -> None:
+        """Take the validation that has just ended, and save the weights if it is the best."""
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if self.take(found, trainer.global_step) and self.path is not None:
+            trainer.save_checkpoint(self.path)
 
     def take(self, values: Mapping[str, float], step: int) -> bool:
         """Note the metrics of a validation; whether they are the best so far."""
@@ -336,7 +360,10 @@ class PrimaryTracker(Callback):
         if value is None:
             return False
         self.last, self.last_step = value, step
-        better = self.best is None or self.sign * value > self.sign * self.best
+        if self.best is None:
+            better = not math.isnan(value)
+        else:
+            better = self.sign * value > self.sign * self.best
         if better:
             self.best, self.best_step, self.metrics = value, step, dict(values)
         return better
@@ -345,5 +372,9 @@ class PrimaryTracker(Callback):
         return {k: getattr(self, k) for k in ("best", "best_step", "last", "last_step", "metrics")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for key, value in state_dict.items():
-            setattr(self, key, value)
+        for key in self.state_dict():
+            setattr(self, key, state_dict[key])
+        if self.path is not None and self.path.is_file():  # it may be later than last.ckpt
+            held = read_checkpoint(self.path).get("callbacks", {}).get(self.state_key, {})
+            self.take(held.get("metrics", {}), held.get("best_step", 0))
+            self.last, self.last_step = state_dict["last"], state_dict["last_step"]

@@ -8,11 +8,9 @@ under `weights_only=True`, which runs no code from the file.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import torch
 from safetensors import SafetensorError
@@ -59,14 +57,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{path}: not a readable safetensors file ({error})") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=None)
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        OSError,
-        EOFError,
-        BadZipFile,
-        ValueError,
-    ) as error:
+    except Exception as error:  # of a damaged file, whatever its bytes make the reader do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(
             f"{path}: not a readable checkpoint of tensors and plain values ({reason})"
@@ -76,17 +67,37 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_resumable(path: Path) -> Mapping[str, Any]:
+    """The config that a checkpoint records. Raises ConfigError for one to start from only."""
+    content = read_checkpoint(path)
+    saved = content.get("suite")
+    if not isinstance(saved, Mapping) or not isinstance(saved.get("config"), Mapping):
+        raise ConfigError(f"run.resume={path}: was not written by this suite")
+    needed = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")
+    if missing := [key for key in needed if key not in content]:
+        raise ConfigError(
+            f"run.resume={path}: holds no {', '.join(missing)} to go on with; start a new run with "
+            f"model.init_from={path}"
+        )
+    config: Mapping[str, Any] = saved["config"]
+    return config
+
+
 def split_weights(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
     """A file's content as (the network's state dict, the suite's identity or None)."""
     identity = content.get("suite")
+    if identity is not None and not (
+        isinstance(identity, Mapping) and isinstance(identity.get("norm"), Mapping)
+    ):
+        raise ConfigError("it does not say which norm it was trained with; the file is damaged")
     state: Mapping[str, Any] = content
     for key in WRAPPERS:
         if isinstance(state.get(key), Mapping):
             state = state[key]
             break
     if isinstance(identity, Mapping):
-        state = {k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")}
-    return {k: v for k, v in state.items() if isinstance(v, Tensor)}, identity
+        state = {k[6:]: v for k, v in state.items() if str(k).startswith("model.")}
+    return {str(k): v for k, v in state.items() if isinstance(v, Tensor)}, identity
 
 
 def init_from(
@@ -111,8 +122,12 @@ def read_weights(
     across_norms: bool = False,
 ) -> list[str]:
     """Load `file` into `model`, strictly but for norms if across_norms. key: its name in errors."""
-    state, identity = split_weights(read_checkpoint(file))
     where = f"{key}={file}"
+    content = read_checkpoint(file)
+    try:
+        state, identity = split_weights(content)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     if identity is not None and not across_norms:
         try:
             check_compatible(identity["norm"], norm)

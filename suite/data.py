@@ -202,7 +202,8 @@ class AddressedDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, where: BatchAddress) -> dict[str, Tensor]:
         batch = self.split.fetch(where.indices, epoch=where.epoch, train=self.train)
         batch["sample_id"] = torch.tensor(where.indices)
-        batch["valid"] = (torch.arange(len(where.indices)) < where.valid).float()
+        # bool: sums of it are exact in any precision (bf16-true would make floats bfloat16)
+        batch["valid"] = torch.arange(len(where.indices)) < where.valid
         return batch
 
 

@@ -68,10 +68,10 @@ class Sums:
         held = self.values.get(name)
         self.values[name] = value if held is None else held + value
 
-    def totals(self, device: torch.device) -> dict[str, float]:
-        """Sums over all ranks, read in one transfer. Clears."""
+    def totals(self, device: torch.device, *, keep: bool = False) -> dict[str, float]:
+        """Sums over all ranks, read in one transfer. Clears unless they are to be kept."""
         names, values = list(self.values), list(self.values.values())
-        self.values = {}
+        self.values = self.values if keep else {}
         if not names:
             return {}
         wide = torch.float32 if device.type == "mps" else torch.float64
@@ -94,6 +94,17 @@ class Observer:
 def world_size() -> int:
     """Processes that take part in this training."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def total_norm(grads: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, 0-dim; a whole tensor where they are sharded.
+
+    torch.nn.utils.get_total_norm sorts them by device and type first, which is 0.1 ms a step.
+    """
+    if not grads:
+        return torch.zeros(())
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def means(totals: Mapping[str, float]) -> dict[str, float]:
@@ -140,6 +151,13 @@ class SuiteModule(L.LightningModule):
         self._lr = 0.0
         self._logged_step = 0
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Lightning notes the running hook 46 times a step: not through nn.Module's checks."""
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
     # -- what a task writes ---------------------------------------------------------------------
 
     @abstractmethod
@@ -165,7 +183,9 @@ class SuiteModule(L.LightningModule):
     def on_fit_start(self) -> None:
         callbacks: Iterable[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         self.observers = [c for c in callbacks if isinstance(c, Observer)]
-        self._logged_step = self.trainer.global_step
+
+    def on_train_start(self) -> None:
+        self._logged_step = self.trainer.global_step  # a resumed one is known only now
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout becomes a function of (seed, position, rank): nothing to save or restore."""
@@ -194,9 +214,7 @@ class SuiteModule(L.LightningModule):
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self._lr = optimizer.param_groups[0]["lr"]
         scale = self._exact_scale()
-        norm = torch.nn.utils.get_total_norm(grads)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        norm = norm * scale
+        norm = total_norm(grads) * scale
         self._grad_norm = norm
         for observer in self.observers:
             observer.on_gradients(self, norm)
@@ -209,17 +227,21 @@ class SuiteModule(L.LightningModule):
                 [p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val
             )
 
-    def _exact_scale(self) -> Tensor:
+    def _exact_scale(self) -> Tensor | float:
         """From the scaling that autograd, Lightning and DDP applied to that of the global mean.
 
-        They give sum / (nominal * accumulate * world); the mean is sum / global count.
+        They give sum / (nominal * accumulate * world); the mean is sum / global count. A number
+        where reading it makes nobody wait, else a 0-dim tensor.
         """
-        count = torch.as_tensor(self._step_count, device=self.device, dtype=torch.float32).clone()
-        self._step_count = 0
+        count, self._step_count = self._step_count, 0
         world = world_size()
         if world > 1:
+            count = torch.as_tensor(count, device=self.device, dtype=torch.float32).clone()
             dist.all_reduce(count)
-        return self.nominal * self.trainer.accumulate_grad_batches * world / count.clamp(min=1e-12)
+        applied = self.nominal * self.trainer.accumulate_grad_batches * world
+        if isinstance(count, Tensor) and count.device.type != "cpu":
+            return applied / count.clamp(min=1e-12)
+        return applied / max(float(count), 1e-12)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -228,6 +250,9 @@ class SuiteModule(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._flush(self.trainer.global_step)
+        self._end_of_epoch_loss()
+
+    def _end_of_epoch_loss(self) -> None:
         if self.epoch_totals["_count"]:
             self.train_loss = self.epoch_totals["loss"] / self.epoch_totals["_count"]
         self.epoch_totals = {"loss": 0.0, "_count": 0.0}
@@ -298,7 +323,9 @@ class SuiteModule(L.LightningModule):
     def _evaluate(self, batch: Batch, split: Split) -> None:
         out = self.step(batch, split)
         self.eval_sums[split].add(out)
-        if out.metric_inputs:
+        # of a wholly padded batch no row is left, which metric objects do not take
+        rows = [len(v) for v in out.metric_inputs.values() if isinstance(v, Tensor) and v.dim()]
+        if out.metric_inputs and (not rows or max(rows)):
             self.split_metrics[split].update(**out.metric_inputs)  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
@@ -326,6 +353,9 @@ class SuiteModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["suite"] = self.identity
+        held = self.window.totals(self.device, keep=True)  # every rank saves, rank 0 writes
+        so_far = {k: v + held.get(k, 0.0) for k, v in self.epoch_totals.items()}
+        checkpoint["suite_loss"] = {"epoch": so_far, "train": self.train_loss}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("suite")
@@ -337,3 +367,22 @@ class SuiteModule(L.LightningModule):
             check_compatible(saved["norm"], self.identity["norm"])
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        losses = checkpoint.get("suite_loss", {"epoch": self.epoch_totals, "train": None})
+        self.epoch_totals, self.train_loss = dict(losses["epoch"]), losses["train"]
+        if checkpoint["global_step"] % self.steps_per_epoch == 0:
+            self._end_of_epoch_loss()  # Lightning does not call the hook of an epoch's end again
+        self._end_by_steps(checkpoint)
+
+    def _end_by_steps(self, checkpoint: Mapping[str, Any]) -> None:
+        """Let max_epochs mean its steps where an epoch was cut short.
+
+        Lightning counts an epoch that max_time or max_steps ended in its middle as a whole one, and
+        would end a resumed run that many steps before the schedule does.
+        """
+        total, step, loop = self.total_steps(), checkpoint["global_step"], self.trainer.fit_loop
+        counted = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
+        if total is None or counted <= step // self.steps_per_epoch:
+            return
+        loop.epoch_loop.max_steps = total
+        if loop.max_epochs not in (None, -1):
+            loop.max_epochs = counted + 1 - (step - total) // self.steps_per_epoch

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
+import torch.distributed as dist
 
 from suite.build import (
+    Children,
     Parts,
     audit_line,
     build_callbacks,
@@ -31,7 +33,7 @@ from suite.build import (
     quiet,
 )
 from suite.callbacks import PrimaryTracker, Throughput
-from suite.checkpoint import find_checkpoint, read_checkpoint, read_weights
+from suite.checkpoint import find_checkpoint, read_checkpoint, read_resumable, read_weights
 from suite.config import (
     Config,
     check_devices,
@@ -147,10 +149,21 @@ def train(config: Config, *, command: str) -> int:
         initialise(parts)
     open_folder(config, folder, fresh=resume is None)
     introduce(parts, trainer, folder)
+    with Children(trainer, failed=lambda text: record.write("failed", text)):
+        follow(record, resume)
+    result = record.write("done")
+    if result is not None:
+        summarise(result, folder)
+    return 0
+
+
+def follow(record: Record, resume: Path | None) -> None:
+    """Train, validate and test; a bad end is written into the record and passed on."""
+    parts, trainer = record.parts, record.trainer
     try:
         fit(parts, trainer, resume)
-        validate_the_end(parts, trainer, folder)
-        record.test = test(parts, trainer, folder)
+        validate_the_end(parts, trainer)
+        record.test = test(parts, trainer, record.folder)
     except DivergedError as error:
         record.write("diverged", str(error))
         raise
@@ -160,10 +173,6 @@ def train(config: Config, *, command: str) -> int:
     except BaseException as error:
         record.write("failed", f"{type(error).__name__}: {error}")
         raise
-    result = record.write("done")
-    if result is not None:
-        summarise(result, folder)
-    return 0
 
 
 def fit(parts: Parts, trainer: L.Trainer, resume: Path | None) -> None:
@@ -179,14 +188,13 @@ def fit(parts: Parts, trainer: L.Trainer, resume: Path | None) -> None:
     )
 
 
-def validate_the_end(parts: Parts, trainer: L.Trainer, folder: Path) -> None:
+def validate_the_end(parts: Parts, trainer: L.Trainer) -> None:
     """Validate a run that max_steps ended in mid-epoch, which Lightning does not."""
     tracker = find(trainer, PrimaryTracker)
     if parts.config.trainer.limit_val_batches == 0 or tracker.last_step == trainer.global_step:
         return
     trainer.validate(parts.module, datamodule=parts.data, verbose=False)
-    if tracker.take(measured(trainer, "val"), trainer.global_step):
-        trainer.save_checkpoint(folder / "checkpoints" / "best.ckpt")
+    tracker.note(trainer)
 
 
 def find(trainer: L.Trainer, kind: type[C]) -> C:
@@ -199,12 +207,24 @@ def test(parts: Parts, trainer: L.Trainer, folder: Path) -> Mapping[str, float]:
     """Metrics of the best checkpoint on the test split, which is touched here and nowhere else."""
     if parts.config.trainer.limit_test_batches == 0:
         return {}
-    checkpoints = folder / "checkpoints"
-    if (checkpoints / "best.ckpt").is_file():
-        content = read_checkpoint(checkpoints / "best.ckpt")
-        parts.module.load_state_dict(content["state_dict"])
+    best = folder / "checkpoints" / "best.ckpt"
+    if trainer.strategy.broadcast(best.is_file()):
+        if is_main_process():
+            parts.module.load_state_dict(read_checkpoint(best)["state_dict"])
+        # torchrun's other ranks may have numbered another folder, or not see rank 0's disk
+        share_weights(parts, trainer)
     trainer.test(parts.module, datamodule=parts.data, verbose=False)
     return measured(trainer, "test")
+
+
+def share_weights(parts: Parts, trainer: L.Trainer) -> None:
+    """Give every process the first one's weights and buffers, one tensor at a time."""
+    if trainer.world_size == 1:
+        return
+    for held in parts.module.state_dict().values():
+        sent = held.to(trainer.strategy.root_device)
+        dist.broadcast(sent, src=0)
+        held.copy_(sent)
 
 
 def measured(trainer: L.Trainer, split: str) -> dict[str, float]:
@@ -313,17 +333,24 @@ def open_folder(config: Config, folder: Path, *, fresh: bool) -> None:
 
 def run_folder(path: Path) -> Path:
     """The run that a folder or one of its checkpoints belongs to."""
-    return path if path.is_dir() else path.parent.parent
+    if path.is_dir():
+        return path
+    if path.resolve().parent.name != "checkpoints":
+        raise ConfigError(
+            f"run.resume={path}: not in a run's checkpoints folder; give the run's folder, or "
+            f"start a new run with model.init_from={path}"
+        )
+    return path.parent.parent
 
 
 def resumed_checkpoint(config: Config) -> Path:
     """The checkpoint that run.resume means. Raises ConfigError if the config is another one."""
     checkpoint = find_checkpoint(config.run.resume, key="run.resume", prefer="last")
-    saved = read_checkpoint(checkpoint).get("suite")
-    if not isinstance(saved, Mapping):
-        raise ConfigError(f"run.resume={checkpoint}: was not written by this suite")
     free = ("run.", "trainer.", "evaluate", "recipe", "data.root", "data.num_workers")
-    changed = [key for key in diff(saved["config"], to_dict(config)) if not key.startswith(free)]
+    # the position in the data is a number of micro-batches of an epoch's length
+    fixed = ("trainer.accumulate_grad_batches", "trainer.limit_train_batches")
+    differing = diff(read_resumable(checkpoint), to_dict(config))
+    changed = [key for key in differing if key in fixed or not key.startswith(free)]
     if changed:
         raise ConfigError(
             f"run.resume={config.run.resume}: this config differs from the run's in "
@@ -351,7 +378,8 @@ def evaluate(config: Config, *, command: str) -> int:
     introduce(parts, trainer, None)
     split = config.run.eval_split
     measure = trainer.validate if split == "val" else trainer.test
-    measure(parts.module, datamodule=parts.data, verbose=False)
+    with Children(trainer):
+        measure(parts.module, datamodule=parts.data, verbose=False)
     if is_main_process():
         found = {"checkpoint": str(file), "split": split, **measured(trainer, split)}
         print(json.dumps(plain(found), indent=2))
@@ -390,7 +418,8 @@ def dry_run(config: Config, *, command: str) -> int:
             default_root_dir=folder,
         )
         introduce(parts, trainer, None)
-        fit(parts, trainer, None)
+        with Children(trainer):
+            fit(parts, trainer, None)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     say(f"dry run: a training and a validation batch on {processes} process(es), nothing written")

@@ -8,6 +8,7 @@ Exit codes: 0 done, 1 error while running, 2 config, 3 diverged, 130 interrupted
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -34,9 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if loaded.text:
             print(loaded.text)
             return 0
-        return act(
-            loaded.action, loaded.settled, command="python -m suite.train " + " ".join(tokens)
-        )
+        command = shlex.join(["python", "-m", "suite.train", *tokens])
+        return act(loaded.action, loaded.settled, command=command)
     except ConfigError as error:
         complain(str(error))
         return ConfigError.exit_code

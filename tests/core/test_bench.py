@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -134,7 +135,7 @@ def test_both_sides_take_the_same_number_of_timed_steps() -> None:
         turns = Turns(plain, slices=[2, 1], plain_first=plain_first, device=torch.device("cpu"))
         for _ in range(WARMUP + 3):
             taken.append("ours")
-            turns.on_train_batch_end()
+            turns.on_train_batch_end(SimpleNamespace(progress_bar_callback=None))
         order = "".join(name[0] for name in taken[2 * WARMUP :])
         assert order == ("ppoopo" if plain_first else "ooppop")
         assert turns.ours_seconds > 0
