@@ -51,6 +51,7 @@ QUIET = (
     r".*does not have many workers.*",
     r".*smaller than the logging interval.*",
     r".*dataloader is not resumable.*",
+    r".*dirpath has changed from.*",
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*Total length of .* across ranks is zero.*",
     r".*could not find the monitored key.*",

@@ -148,8 +148,8 @@ class NonFiniteGuard(Callback, Observer):
 
     The gradient norm is the same on all ranks after the all-reduce, so all of them stop together.
     On a CPU the check comes before the update; on a GPU it reads the last step's flag, so as not to
-    make the host wait for the device in every step, and before a checkpoint is written. Under
-    16-mixed, whose GradScaler skips such steps by design, two windows of them in a row are too many.
+    make the host wait for the device in every step, and before a checkpoint is written. The
+    GradScaler of 16-mixed skips such steps by design; two windows of them in a row are too many.
     """
 
     def __init__(self) -> None:

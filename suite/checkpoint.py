@@ -71,7 +71,8 @@ def read_resumable(path: Path) -> Mapping[str, Any]:
     """The config that a checkpoint records. Raises ConfigError for one to start from only."""
     content = read_checkpoint(path)
     saved = content.get("suite")
-    if not isinstance(saved, Mapping) or not isinstance(saved.get("config"), Mapping):
+    parts = [saved.get(key) for key in ("config", "norm")] if isinstance(saved, Mapping) else [None]
+    if not all(isinstance(part, Mapping) for part in parts):
         raise ConfigError(f"run.resume={path}: was not written by this suite")
     needed = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")
     if missing := [key for key in needed if key not in content]:
@@ -79,7 +80,7 @@ def read_resumable(path: Path) -> Mapping[str, Any]:
             f"run.resume={path}: holds no {', '.join(missing)} to go on with; start a new run with "
             f"model.init_from={path}"
         )
-    config: Mapping[str, Any] = saved["config"]
+    config: Mapping[str, Any] = content["suite"]["config"]
     return config
 
 

@@ -1,4 +1,4 @@
-"""One run: train, evaluate or try out, and the record that it leaves (result.json).
+"""One run: train, validate, test, and the record that it leaves (result.json).
 
 Nothing is written before the parts are built and agree; afterwards every end, good or bad, leaves a
 result.json whose status says which.
@@ -6,14 +6,9 @@ result.json whose status says which.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,39 +20,33 @@ from suite.build import (
     Parts,
     audit_line,
     build_callbacks,
-    build_norm,
     build_parts,
     build_trainer,
-    meta_size,
     parameter_count,
     quiet,
 )
 from suite.callbacks import PrimaryTracker, Throughput
-from suite.checkpoint import find_checkpoint, read_checkpoint, read_resumable, read_weights
+from suite.checkpoint import read_checkpoint
 from suite.config import (
     Config,
     check_devices,
-    check_run_dir,
     comparable_hash,
-    diff,
     to_dict,
-    to_yaml,
 )
 from suite.errors import ConfigError, DivergedError
+from suite.folder import choose_folder, open_folder, resumed_checkpoint
 from suite.metrics import (
     SCHEMA,
     git_state,
     hardware,
     is_main_process,
     peak_memory,
-    plain,
     versions,
     write_json,
 )
 from suite.train import say
 
 C = TypeVar("C")
-FOLDER_VARIABLE = "SUITE_RUN_DIR"  # rank 0's choice, for the processes that Lightning starts
 CALIBRATION_EXAMPLES = 256
 
 
@@ -123,7 +112,7 @@ class Record:
             "throughput": speed.summary(),
             "peak_memory_bytes": peak_memory(),
             "world_size": trainer.world_size,
-            "precision": config.trainer.precision,
+            "precision": trainer.precision,  # 16-mixed is bf16-mixed on a CPU
             "hardware": hardware(),
             "versions": versions(),
             "git": git_state(Path(__file__).parent),
@@ -261,7 +250,7 @@ def introduce(parts: Parts, trainer: L.Trainer, folder: Path | None) -> None:
     say(f"norms  {audit_line(parts)}")
     say(f"data   {info.name}, {sizes} examples{', SYNTHETIC' if info.synthetic else ''}")
     device = type(trainer.accelerator).__name__.removesuffix("Accelerator")
-    say(f"where  {trainer.world_size} x {device}, {config.trainer.precision}, global batch {batch}")
+    say(f"where  {trainer.world_size} x {device}, {trainer.precision}, global batch {batch}")
     if folder is not None:
         say(f"run    {folder}")
     for note in parts.notes:
@@ -282,160 +271,3 @@ def summarise(result: Mapping[str, Any], folder: Path) -> None:
         line += f", {speed['per_s']:.0f} {speed['unit']}/s"
     print(f"{line}, {result['wall_seconds']:.0f} s")
     print(f"result: {folder / 'result.json'}")
-
-
-# -- the folder
-# ---------------------------------------------------------------------------------------
-
-
-def choose_folder(config: Config) -> Path:
-    """run.dir, the resumed run's folder, or the next free
-    runs/<task>/<model>-<norm>-seed<k>-<n>."""
-    if FOLDER_VARIABLE in os.environ and not is_main_process():
-        return Path(os.environ[FOLDER_VARIABLE])
-    if config.run.resume != "never":
-        folder = run_folder(Path(config.run.resume))
-        if config.run.dir is not None and Path(config.run.dir).resolve() != folder.resolve():
-            raise ConfigError(
-                f"run.dir={config.run.dir}: a resumed run goes on in its own folder, {folder}; "
-                "leave run.dir out, or start a new run with model.init_from"
-            )
-        return folder
-    if config.run.dir is not None:
-        folder = Path(config.run.dir).expanduser()
-    else:
-        norm = config.norm_name.replace(":", ".")
-        stem = f"{config.model_name}-{norm}-seed{config.seed}"
-        parent = Path("runs") / config.task_name
-        folder = next(p for n in range(1, 10**9) if not (p := parent / f"{stem}-{n}").exists())
-    if is_main_process():
-        check_run_dir(config)
-    return folder
-
-
-def open_folder(config: Config, folder: Path, *, fresh: bool) -> None:
-    """Create the folder with its config.yaml, and tell the processes that will be started."""
-    if not is_main_process():
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=not fresh or config.run.dir is not None)
-        # without the folder itself: config=FILE repeats the run elsewhere
-        portable = replace(config, run=replace(config.run, dir=None, resume="never"))
-        (folder / "config.yaml").write_text(to_yaml(portable))
-    except FileExistsError as error:
-        raise ConfigError(
-            f"{folder}: another run took this folder just now; start again"
-        ) from error
-    except OSError as error:
-        raise ConfigError(f"run.dir={folder}: cannot be written ({error.strerror})") from error
-    os.environ[FOLDER_VARIABLE] = str(folder.resolve())
-
-
-def run_folder(path: Path) -> Path:
-    """The run that a folder or one of its checkpoints belongs to."""
-    if path.is_dir():
-        return path
-    if path.resolve().parent.name != "checkpoints":
-        raise ConfigError(
-            f"run.resume={path}: not in a run's checkpoints folder; give the run's folder, or "
-            f"start a new run with model.init_from={path}"
-        )
-    return path.parent.parent
-
-
-def resumed_checkpoint(config: Config) -> Path:
-    """The checkpoint that run.resume means. Raises ConfigError if the config is another one."""
-    checkpoint = find_checkpoint(config.run.resume, key="run.resume", prefer="last")
-    free = ("run.", "trainer.", "evaluate", "recipe", "data.root", "data.num_workers")
-    # the position in the data is a number of micro-batches of an epoch's length
-    fixed = ("trainer.accumulate_grad_batches", "trainer.limit_train_batches")
-    differing = diff(read_resumable(checkpoint), to_dict(config))
-    changed = [key for key in differing if key in fixed or not key.startswith(free)]
-    if changed:
-        raise ConfigError(
-            f"run.resume={config.run.resume}: this config differs from the run's in "
-            f"{', '.join(changed)}; "
-            "resume with the run's own, or start a new run with model.init_from"
-        )
-    return checkpoint
-
-
-# -- without training
-# ---------------------------------------------------------------------------------
-
-
-def evaluate(config: Config, *, command: str) -> int:
-    """Metrics of a run, a checkpoint or a weights file on val or test; prints one JSON object."""
-    quiet()
-    assert config.evaluate is not None
-    processes = check_devices(config)
-    file = find_checkpoint(config.evaluate, key="evaluate", prefer="best")
-    parts = build_parts(config, processes=processes)
-    norm = build_norm(config).describe()
-    for note in read_weights(parts.module.model, file, norm=norm, key="evaluate"):
-        say(f"note: {note}")
-    trainer = build_trainer(config, processes=processes, callbacks=[], folder=None)
-    introduce(parts, trainer, None)
-    split = config.run.eval_split
-    measure = trainer.validate if split == "val" else trainer.test
-    with Children(trainer):
-        measure(parts.module, datamodule=parts.data, verbose=False)
-    if is_main_process():
-        found = {"checkpoint": str(file), "split": split, **measured(trainer, split)}
-        print(json.dumps(plain(found), indent=2))
-    return 0
-
-
-def dry_run(config: Config, *, command: str) -> int:
-    """Build all, one training and one validation batch in a temporary folder; nothing stays.
-
-    A model over the available memory is built on the meta device only, and that is said.
-    """
-    quiet()
-    processes = check_devices(config)
-    choose_folder(config)  # says whether run.dir could be used; writes nothing
-    count, needed = meta_size(config)
-    available = available_memory()
-    if needed > available:
-        need, have = (f"{n / 2**30:.1f} GiB" for n in (needed, available))
-        say(
-            f"dry run: model={config.model_name} has {count:,} parameters; training needs at least "
-            f"{need} for weights, gradients and optimizer, {have} are available: "
-            "built on the meta device only, no batch was run"
-        )
-        return 0
-    parts = build_parts(config, processes=processes)
-    initialise(parts)
-    folder = Path(tempfile.mkdtemp(prefix="suite-dry-run-"))
-    try:
-        callbacks = build_callbacks(config, parts.spec, None)
-        trainer = build_trainer(
-            config,
-            processes=processes,
-            callbacks=callbacks,
-            folder=None,
-            fast_dev_run=1,
-            default_root_dir=folder,
-        )
-        introduce(parts, trainer, None)
-        with Children(trainer):
-            fit(parts, trainer, None)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    say(f"dry run: a training and a validation batch on {processes} process(es), nothing written")
-    return 0
-
-
-def available_memory() -> int:
-    """Bytes that could still be taken: of the GPU where there is one, else of the machine."""
-    import torch
-
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError, AttributeError):
-        return sys.maxsize

@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from suite.errors import ConfigError, DivergedError
@@ -53,15 +53,14 @@ def act(action: str, config: Config, *, command: str) -> int:
 
     The heavy imports happen here, after the config is known to be right.
     """
-    from suite import run
+    from suite import run, trial
 
-    actions: dict[str, Callable[..., int]] = {
-        "train": run.train,
-        "evaluate": run.evaluate,
-        "dry_run": run.dry_run,
-    }
     try:
-        return actions[action](config, command=command)
+        if action == "evaluate":
+            return trial.evaluate(config)
+        if action == "dry_run":
+            return trial.dry_run(config)
+        return run.train(config, command=command)
     except (ConfigError, DivergedError, KeyboardInterrupt):
         raise
     except Exception as error:  # the last resort: the run's own record has been written by now
