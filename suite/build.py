@@ -306,7 +306,8 @@ class Children:
 
     Lightning's own observer ends rank 0 with SIGKILL up to 5 s after another rank has failed: no
     result.json, exit code 137, whatever rank 0 was about to say. Here rank 0 has GRACE seconds to
-    end by itself; one that hangs in a collective is ended, after `failed` was told why.
+    end by itself; one that hangs in a collective is ended, after `failed` was told why. SIGTERM is
+    meanwhile what Ctrl-C is.
     """
 
     GRACE = 10.0
@@ -316,10 +317,7 @@ class Children:
     ) -> None:
         self.trainer, self.failed = trainer, failed
         self._over = threading.Event()
-        signals: Any = trainer._signal_connector
-        if trainer.world_size > 1 and "SLURM_JOB_ID" not in os.environ:
-            # Lightning's broadcasts in the signal handler, which hangs between two collectives
-            signals._sigterm_notifier_fn = signal.default_int_handler
+        self._sigterm: Any = None
 
     @property
     def processes(self) -> list[subprocess.Popen[bytes]]:
@@ -327,12 +325,20 @@ class Children:
         return list(getattr(self.trainer.strategy.launcher, "procs", []))
 
     def __enter__(self) -> Children:
+        # SLURM has a protocol of its own, which Lightning follows
+        if threading.current_thread() is threading.main_thread() and not os.getenv("SLURM_JOB_ID"):
+            self._sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
+            # Lightning's broadcasts in the signal handler, which hangs between two collectives
+            signals: Any = self.trainer._signal_connector
+            signals._sigterm_notifier_fn = signal.default_int_handler
         if self.trainer.strategy.launcher is not None:
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._close(grace=self.GRACE / 2)
+        if self._sigterm is not None:
+            signal.signal(signal.SIGTERM, self._sigterm)
 
     def _watch(self) -> None:
         while not self._over.wait(0.2):

@@ -21,11 +21,9 @@ import pytest
 
 pytestmark = pytest.mark.ddp
 TIMEOUT = 80
-SHORT = [
+BASE = [
     "data.batch_size=32",
     "trainer.limit_train_batches=4",
-    "trainer.limit_val_batches=1",
-    "trainer.limit_test_batches=1",
     "trainer.log_every_n_steps=1",
     "trainer.accelerator=cpu",
     "run.tensorboard=false",
@@ -45,7 +43,7 @@ def start(
     clean = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     clean.pop("SUITE_RUN_DIR", None)
     return subprocess.Popen(
-        [sys.executable, __file__, fault, *SHORT, *tokens],
+        [sys.executable, __file__, fault, *BASE, *tokens],
         cwd=folder,
         env={**clean, "OMP_NUM_THREADS": "1", **(env or {})},
         stdout=subprocess.PIPE,
@@ -59,16 +57,13 @@ def start(
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """All runs, under way; whatever is left of them at the end is killed."""
     folder = tmp_path_factory.mktemp("faults")
-    two = ["trainer.devices=2", "trainer.max_epochs=2"]
+    two = ["trainer.devices=2", "trainer.limit_val_batches=1", "trainer.limit_test_batches=1"]
     under_way: dict[str, Any] = {"folder": folder}
-    for fault in ("early", "nan"):
-        under_way[fault] = start(folder, fault, *two, f"run.dir={fault}")
-    under_way["none"] = start(
-        folder, "none", "trainer.devices=2", "trainer.max_epochs=100000", "run.dir=none"
-    )
+    for fault, epochs in (("early", 2), ("nan", 2), ("none", 100_000)):
+        tokens = [*two, f"trainer.max_epochs={epochs}", f"run.dir={fault}"]
+        under_way[fault] = start(folder, fault, *tokens)
     # the last evaluation batch has 1000 - 31 * 32 = 8 rows, all of them of rank 0
     exact = ["data.eval_batch_size=31", "trainer.max_epochs=2"]
-    exact += ["trainer.limit_val_batches=1.0", "trainer.limit_test_batches=1.0"]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     shared |= {"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1", "GROUP_RANK": "0"}
     for rank in ("0", "1"):
@@ -103,11 +98,11 @@ def assert_nothing_is_left(process: subprocess.Popen[str]) -> None:
     raise AssertionError(listed.stdout)
 
 
-@pytest.mark.timeout(TIMEOUT + 10)
+@pytest.mark.timeout(2 * TIMEOUT + 10)
 def test_sigterm_to_the_first_process_ends_both(runs: dict[str, Any]) -> None:
     """As a container's or a scheduler's stop does. Lightning's own handler hung in a broadcast."""
     log = runs["folder"] / "none" / "metrics.jsonl"
-    until = time.monotonic() + TIMEOUT / 2
+    until = time.monotonic() + TIMEOUT
     while not (log.exists() and log.stat().st_size) and time.monotonic() < until:
         time.sleep(0.1)
     runs["none"].send_signal(signal.SIGTERM)
@@ -117,7 +112,7 @@ def test_sigterm_to_the_first_process_ends_both(runs: dict[str, Any]) -> None:
     assert_nothing_is_left(runs["none"])
 
 
-@pytest.mark.timeout(TIMEOUT + 10)
+@pytest.mark.timeout(2 * TIMEOUT + 10)
 def test_a_nan_on_one_rank_ends_both_with_the_record_of_it(runs: dict[str, Any]) -> None:
     code, output = end(runs, "nan")
     assert code == 3, output
@@ -127,7 +122,7 @@ def test_a_nan_on_one_rank_ends_both_with_the_record_of_it(runs: dict[str, Any])
     assert_nothing_is_left(runs["nan"])
 
 
-@pytest.mark.timeout(TIMEOUT + 10)
+@pytest.mark.timeout(2 * TIMEOUT + 10)
 def test_a_rank_that_fails_before_the_first_step_is_recorded(runs: dict[str, Any]) -> None:
     """Lightning's observer killed rank 0 as it waited: exit code 137 and no result.json."""
     code, output = end(runs, "early")
@@ -138,7 +133,7 @@ def test_a_rank_that_fails_before_the_first_step_is_recorded(runs: dict[str, Any
     assert_nothing_is_left(runs["early"])
 
 
-@pytest.mark.timeout(TIMEOUT + 10)
+@pytest.mark.timeout(2 * TIMEOUT + 10)
 def test_ranks_of_torchrun_test_the_same_weights_each_example_once(
     runs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
