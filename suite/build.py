@@ -172,6 +172,7 @@ def build_parts(config: Config, *, processes: int) -> Parts:
         seed=config.seed,
         nominal=config.data.batch_size // (processes * accumulate),
         steps_per_epoch=max(1, len(sampler) // accumulate),
+        padded=not config.data.drop_last,
     )
     return Parts(config, spec, factory, module, data, notes)
 

@@ -38,6 +38,11 @@ def check(config: Config, *, processes: int | None = None) -> None:
             f"optim.schedule={config.optim.schedule}: needs trainer.max_epochs or "
             "trainer.max_steps; with trainer.max_time alone use optim.schedule=constant"
         )
+    if config.optim.fused and trainer.precision == "16-mixed":
+        raise ConfigError(
+            "optim.fused=true: with trainer.precision=16-mixed it unscales gradients itself, after "
+            "they were clipped; leave optim.fused out, or take bf16-mixed"
+        )
     known = processes or world_size(config) or 1
     _check_batch(config, known)
     if trainer.accelerator == "cpu":

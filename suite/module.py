@@ -120,6 +120,7 @@ class SuiteModule(L.LightningModule):
     optim: the optimizer's settings. identity: plain dict that travels in every checkpoint (task,
     model, norm, resolved config). nominal: examples of one micro-batch of one process, which scales
     the loss to about 1 before the exact rescaling. steps_per_epoch: optimizer steps of an epoch.
+    padded: whether training batches may hold rows that are not valid.
     """
 
     def __init__(
@@ -133,11 +134,12 @@ class SuiteModule(L.LightningModule):
         seed: int,
         nominal: int,
         steps_per_epoch: int = 1,
+        padded: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.options, self.info, self.optim = model, options, info, optim
         self.identity, self.seed, self.nominal = dict(identity), seed, nominal
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch, self.padded = steps_per_epoch, padded
         self.split_metrics = nn.ModuleDict(
             {s: self.metrics().clone(prefix=f"{s}/") for s in ("val", "test")}
         )

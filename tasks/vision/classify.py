@@ -35,7 +35,8 @@ class Classify(SuiteModule):
     """Batch: image [B, C, H, W], label [B], valid [B], sample_id [B]."""
 
     def step(self, batch: Batch, split: Split) -> StepOutput:
-        logits = self.model(batch["image"])
+        mask = batch["valid"].bool() if self.padded and self.training else None
+        logits = self.model(batch["image"], mask)
         smoothing = self.options.label_smoothing if split == "train" else 0.0
         loss = F.cross_entropy(
             logits.float(), batch["label"], reduction="none", label_smoothing=smoothing

@@ -133,9 +133,9 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, hidden_dim=int(dim * mlp_ratio), dropout=dropout)
         self.drop_path2 = DropPath(drop_path)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        x_BTC = x_BTC + self.drop_path1(self.attn(self.norm1(x_BTC)))
-        return x_BTC + self.drop_path2(self.mlp(self.norm2(x_BTC)))
+    def forward(self, x_BTC: Tensor, mask: Tensor | None = None) -> Tensor:
+        x_BTC = x_BTC + self.drop_path1(self.attn(self.norm1(x_BTC, mask)))
+        return x_BTC + self.drop_path2(self.mlp(self.norm2(x_BTC, mask)))
 
 
 class ViT(nn.Module):
@@ -189,9 +189,9 @@ class ViT(nn.Module):
             )
         )
         final_norm = norm(dim, site="final", eps=EPS)
-        self.norm = final_norm if pool == "cls" else nn.Identity()
+        self.norm = final_norm if pool == "cls" else Unchanged()
         self.pool = ClassTokenPool() if pool == "cls" else MeanPool(skip=int(class_token))
-        self.fc_norm = final_norm if pool == "avg" else nn.Identity()
+        self.fc_norm = final_norm if pool == "avg" else Unchanged()
         self.head = nn.Linear(dim, classes)
         self._init_weights(init)
 
@@ -215,14 +215,26 @@ class ViT(nn.Module):
             tokens_BTC = torch.cat((cls_B1C, tokens_BTC), dim=1)
         return tokens_BTC + self.pos_embed
 
-    def forward(self, image: Tensor) -> Tensor:
-        """image [B, in_chans, image_size, image_size] -> logits [B, classes]."""
-        x_BTC = self.blocks(self.pos_drop(self.embed(image)))
-        return self.head(self.fc_norm(self.pool(self.norm(x_BTC))))
+    def forward(self, image: Tensor, mask: Tensor | None = None) -> Tensor:
+        """image [B, in_chans, image_size, image_size] -> logits [B, classes].
+
+        mask: bool [B], True = a real example; norms over the batch leave the others out.
+        """
+        x_BTC = self.pos_drop(self.embed(image))
+        for block in self.blocks:
+            x_BTC = block(x_BTC, mask)
+        return self.head(self.fc_norm(self.pool(self.norm(x_BTC, mask)), mask))
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed besides norms and biases (timm's list)."""
         return {name for name in ("pos_embed", "cls_token") if getattr(self, name) is not None}
+
+
+class Unchanged(nn.Module):
+    """Where timm has an nn.Identity: the final norm stands on the other side of the pooling."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return x
 
 
 class ClassTokenPool(nn.Module):

@@ -311,3 +311,25 @@ def test_a_run_is_never_overwritten(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*SHORT, "trainer.max_steps=1"]) == 0
     assert main([*SHORT, "trainer.max_steps=1"]) == 0
     assert len(list(Path("runs/vision/classify").iterdir())) == 2
+
+
+def test_batchnorm_does_not_see_the_padding_of_the_last_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Seven images in one padded batch of 32 train as in an unpadded batch of 7."""
+    whole = suite.build.build_data
+
+    def seven(*args: Any, **kwargs: Any) -> Any:
+        splits = whole(*args, **kwargs)
+        train = splits.train
+        train.images, train.labels = train.images[:7], train.labels[:7]
+        return splits
+
+    monkeypatch.setattr("suite.build.build_data", seven)
+    common = ["norm=batchnorm", "trainer.max_epochs=2", "optim.name=sgd", "data.flip=false"]
+    common += ["model.dropout=0.0", "model.drop_path=0.0", "trainer.limit_train_batches=1.0"]
+    assert main([*SHORT, *common, "data.batch_size=7", "run.dir=a"]) == 0
+    assert main([*SHORT, *common, "data.batch_size=32", "data.drop_last=false", "run.dir=b"]) == 0
+    a, b = weights("a"), weights("b")
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-4, atol=1e-5)

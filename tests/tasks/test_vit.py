@@ -247,3 +247,23 @@ def test_the_embedded_model_takes_the_embedded_images():
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
     assert model.embed_rms
     assert model.pos_embed.shape == (1, 16, 64)
+
+
+def test_padded_rows_do_not_enter_batchnorms_statistics() -> None:
+    from suite.norms import make_norm
+
+    model = ViT(
+        norm=make_norm("batchnorm"),
+        classes=10,
+        image_size=28,
+        patch_size=7,
+        in_chans=1,
+        dim=48,
+        depth=2,
+        heads=3,
+    ).train()
+    images = torch.randn(8, 1, 28, 28)
+    mask = torch.arange(8) < 5
+    alone = model(images[:5])
+    torch.testing.assert_close(model(images, mask)[:5], alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(model(images)[:5], alone, rtol=1e-3, atol=1e-3)
