@@ -171,7 +171,6 @@ EARLY = {
     "optim.warmup_steps=3 optim.warmup_fraction=0.1": "cannot be given together with warmup_steps",
     "optim.warmup_fraction=2": "must be from 0 to 1",
     "optim.schedule=tri_stage optim.hold_fraction=0.9 optim.decay_fraction=0.2": "not be above 1",
-    "optim.fused=true trainer.precision=16-mixed": "leave optim.fused out",
     "run.resume=auto": "run.resume=auto: cannot be auto: write the run's folder, or never",
     "run.resume=nowhere": "run.resume=nowhere: no such run",
     "run.compile=fast": "must be one of default, reduce-overhead, max-autotune",
@@ -192,6 +191,7 @@ EARLY = {
     "recipe=a config=b": "recipe= and config= cannot be given together",
 }
 LATE = {
+    "optim.fused=true trainer.precision=16-mixed": "leave optim.fused out",
     "norm=rmsnrm": "norm=rmsnrm: no such norm. Did you mean norm=rmsnorm? Choose one of: ",
     "model=wid": "model=wid: no such model. Did you mean model=wide? Choose one of: wide, deep",
     "data=tny": "data=tny: no such data. Did you mean data=tiny? Choose one of: tiny",
