@@ -20,7 +20,7 @@ from suite.norms.options import (
 )
 from suite.norms.pointwise import PointwiseNorm
 from suite.norms.sites import SITES, Site
-from suite.norms.swap import Replaced, guess_site, replace_norms
+from suite.norms.swap import Kept, Replaced, guess_site, replace_norms, swap_rows, swap_table
 from suite.norms.table import NORMS, NormSpec
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "SITES",
     "BatchNormOptions",
     "GroupNormOptions",
+    "Kept",
     "NormFactory",
     "NormOptions",
     "NormSpec",
@@ -47,4 +48,6 @@ __all__ = [
     "options_of",
     "register",
     "replace_norms",
+    "swap_rows",
+    "swap_table",
 ]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
 
 from suite.norms.factory import NormFactory, norm_modules
+from suite.norms.known import is_known, type_name
 
 _TORCH_NORMS = (
     nn.LayerNorm,
@@ -20,20 +22,15 @@ _TORCH_NORMS = (
 _NAME = re.compile(r"Norm(?![a-z])|RMS$|DynamicTanh|DynamicErf")
 
 
-def type_name(module: nn.Module) -> str:
-    """The qualified name of a module's class."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a normalization layer, whoever wrote it.
 
-    torch.nn's norms and their subclasses; and classes with Norm as a word of their name (RMSNorm,
-    LayerNorm2d, RmsNormFp32, EvoNorm2dS0, DynamicTanh), unless something with parameters or another
-    norm sits inside (then it is a container, such as PreNorm or ConvNormAct) or it is a weight
-    parametrization of torch.nn.utils.
+    torch.nn's norms and their subclasses; those of `suite.norms.known`; and classes with Norm as a
+    word of their name (RMSNorm, LayerNorm2d, RmsNormFp32, EvoNorm2dS0, DynamicTanh), unless
+    something with parameters or another norm sits inside (then it is a container, such as PreNorm
+    or ConvNormAct) or it is a weight parametrization of torch.nn.utils.
     """
-    if isinstance(module, _TORCH_NORMS):
+    if isinstance(module, _TORCH_NORMS) or is_known(module):
         return True
     cls = type(module)
     if cls.__module__.startswith("torch.nn.utils.") or not _NAME.search(cls.__name__):
@@ -46,13 +43,16 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def foreign_norms(
-    model: nn.Module, factory: NormFactory, keep_sites: Collection[str] = ()
+    model: nn.Module,
+    factory: NormFactory,
+    keep_sites: Collection[str] = (),
+    keep: Collection[str] = (),
 ) -> list[tuple[str, str]]:
     """(path, type) of the norms in `model` that are not what `factory` makes for their site.
 
     A norm that a factory made is right if its name is the chosen one for its site (by_site counts),
-    or its site is in keep_sites. A norm that no factory made has no site and is always foreign.
-    Empty is good.
+    or its site is in keep_sites. A norm that no factory made has no site and is foreign unless one
+    of the path globs in `keep`, as replace_norms takes them, names it. Empty is good.
     """
     ours = dict(norm_modules(model))
     inside = tuple(f"{path}." for path in ours)
@@ -63,6 +63,8 @@ def foreign_norms(
             if site not in keep_sites and module.norm_name != factory.name_at(site):
                 found.append((path, str(module.norm_name)))
         elif not path.startswith(inside) and is_norm(module):
+            if any(fnmatchcase(path, glob) for glob in keep):
+                continue
             found.append((path, type_name(module)))
     return found
 

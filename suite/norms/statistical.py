@@ -249,7 +249,8 @@ class BatchNorm(_StatisticsNorm):
             z = self._normalize(z, self.running_mean.to(z.dtype), self.running_var.to(z.dtype))
             return self._restore(z).to(x.dtype)
         over_ranks = self._over_ranks(x)
-        if mask is None and not over_ranks and self.running_mean.dtype == z.dtype:
+        several = z[..., 0].numel() > 1  # of one value torch refuses to take the variance
+        if mask is None and several and not over_ranks and self.running_mean.dtype == z.dtype:
             z = self._torch(z)
         else:
             valid = None if mask is None else _valid(mask, z)
@@ -273,11 +274,12 @@ class BatchNorm(_StatisticsNorm):
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         """Move the running statistics towards the batch's, unless it has no valid position."""
-        share = self.momentum * (count > 0).to(mean.dtype)
         unbiased = var * (count / (count - 1).clamp(min=1))
-        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+        # one value has a mean but says nothing of the variance
+        parts = ((self.running_mean, mean, count > 0), (self.running_var, unbiased, count > 1))
+        for running, new, known in parts:
             old = running.to(new.dtype)
-            running.copy_(old + share * (new - old))
+            running.copy_(old + self.momentum * known.to(new.dtype) * (new - old))
         self.num_batches_tracked.add_((count > 0).to(self.num_batches_tracked.dtype))
 
     def _over_ranks(self, x: Tensor) -> bool:

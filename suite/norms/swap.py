@@ -18,37 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from suite.norms.audit import is_norm, type_name
+from suite.norms.activated import Activated, activated
+from suite.norms.audit import is_norm
 from suite.norms.factory import NormFactory, make_norm
+from suite.norms.known import CHANNELS_FIRST, WITH_ACTIVATION, is_known, type_name
 from suite.norms.sites import check_site
 
-_NORMALIZATION, _BATCHNORM = "torch.nn.modules.normalization", "torch.nn.modules.batchnorm"
-_INSTANCENORM, _TIMM = "torch.nn.modules.instancenorm", "timm.layers.norm"
-_CHANNELS_LAST = {
-    f"{_NORMALIZATION}.LayerNorm",
-    f"{_NORMALIZATION}.RMSNorm",
-    *(
-        f"{_TIMM}.{name}{fp32}"
-        for name in ("LayerNorm", "RmsNorm", "SimpleNorm")
-        for fp32 in ("", "Fp32")
-    ),
-}
-_CHANNELS_FIRST = {
-    f"{_NORMALIZATION}.GroupNorm",
-    *(f"{_BATCHNORM}.BatchNorm{n}d" for n in (1, 2, 3)),
-    f"{_BATCHNORM}.SyncBatchNorm",
-    *(f"{_INSTANCENORM}.InstanceNorm{n}d" for n in (1, 2, 3)),
-    *(
-        f"{_TIMM}.{name}2d{fp32}"
-        for name in ("LayerNorm", "RmsNorm", "SimpleNorm")
-        for fp32 in ("", "Fp32")
-    ),
-    f"{_TIMM}.GroupNorm",
-    f"{_TIMM}.GroupNorm1",
-    "torchvision.models.convnext.LayerNorm2d",
-    "torchaudio.models.wav2vec2.components.LayerNorm",
-}
-_TRANSFORMERS_RMS = re.compile(r"(RMSNorm|T5LayerNorm)$")
 _UNIT_OFFSET = re.compile(r"Gemma|Qwen3Next")  # these multiply by 1 + weight
 
 _SITE_BY_PATH = tuple(
@@ -56,7 +31,7 @@ _SITE_BY_PATH = tuple(
     for site, pattern in (
         ("qk", r"(^|[._])(q|k|query|key|qk)_?(layer_?)?norm$"),
         ("downsample", r"downsample"),
-        ("stem", r"(^|\.)(stem|feature_extractor)"),
+        ("stem", r"(^|\.)(\w*_)?stem|(^|\.)feature_extractor|^bn1$|^conv1\.\d+$"),
         ("embed", r"(^|\.)(patch_embed|embed|norm_pre|ln_pre|feature_projection)"),
         (
             "ffn",
@@ -67,7 +42,7 @@ _SITE_BY_PATH = tuple(
             "attn",
             r"\.\d+\.(.*\.)?(norm1|ln_?1|input_layernorm|\w*att(n|ention)\w*|layernorm_before)",
         ),
-        ("mixer", r"\.\d+(\.|$)"),
+        ("mixer", r"\.\d+(\.|$)|(^|\.)(s|b|\w*(stage|block|layer))_?\d+\."),
         ("final", r""),
     )
 )
@@ -86,6 +61,37 @@ class Replaced:
     site: str
 
 
+Kept = tuple[str, str]  # path and type of a norm that was not replaced
+
+
+def swap_rows(replaced: Sequence[Replaced], kept: Sequence[Kept]) -> list[dict[str, Any]]:
+    """One row for each (site, was, now): how many there are, and the first path."""
+    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
+    kinds = [((r.site, _short(r.was), r.now), r.path) for r in replaced]
+    kinds += [(("kept", _short(was), "as it was"), path) for path, was in kept]
+    for (site, was, now), path in kinds:
+        row = {"site": site, "was": was, "now": now, "count": 0, "first": path}
+        rows.setdefault((site, was, now), row)["count"] += 1
+    return list(rows.values())
+
+
+def swap_table(replaced: Sequence[Replaced], kept: Sequence[Kept]) -> str:
+    """What was replaced by what, where and how often, and what was kept, as aligned text."""
+    names = ("site", "was", "now", "count", "first")
+    rows = [names, *(tuple(str(row[n]) for n in names) for row in swap_rows(replaced, kept))]
+    wide = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        f"{site:<{wide[0]}}  {was:<{wide[1]}} -> {now:<{wide[2]}}  {count:>{wide[3]}}  {path}"
+        for site, was, now, count, path in rows
+    )
+
+
+def _short(name: str) -> str:
+    """torch.nn.modules.batchnorm.BatchNorm2d -> torch BatchNorm2d."""
+    parts = name.split(".")
+    return f"{parts[0]} {parts[-1]}"
+
+
 @dataclass
 class _Plan:
     """A norm to replace, under all the names that it has, and what a new one has to be like."""
@@ -101,7 +107,8 @@ def guess_site(path: str) -> str:
     """The site of a norm from its path, by the names of timm, transformers and torchaudio.
 
     Inside a numbered block: attn or ffn where the name says so, else mixer. Outside: final, but for
-    stem, embed, downsample and qk names. `replace_norms(sites=...)` overrides it.
+    stem (also a convolutional network's first `bn1`), embed, downsample and qk names.
+    `replace_norms(sites=...)` overrides it.
     """
     return next(site for site, pattern in _SITE_BY_PATH if pattern.search(path))
 
@@ -117,16 +124,19 @@ def replace_norms(
     """Replace every norm of a known type in `model` by `norm`, in place; returns what was replaced.
 
     norm: a factory, or a name for its defaults. sites: path glob -> site, first match wins
-    (default: `guess_site`).
+    (default: `guess_site`; a norm with an activation inside is no attn or ffn norm, but mixer).
     keep: path globs of the norms that stay. Globs cross dots; one that matches no norm is an error.
     carry_affine: copy weight and bias into the new norm where it has one of the same shape (a
     ResNet's zero-init stays).
     Kept as they were: device, dtype, training mode, requires_grad, sharing of modules and of
     parameters, eps, absent weights and biases. BatchNorm is replaced like the rest; running
-    statistics go with it, and a new batchnorm starts with fresh ones.
+    statistics go with it, and a new batchnorm starts with fresh ones. What timm puts behind a norm
+    in one module, act(drop(norm(x))), stays behind the new one. Activations that overwrite their
+    input no longer do: it may be what the new norm needs for its gradient (DyT without a weight),
+    or its own input (identity).
     Raises ValueError, with nothing changed, if: nothing was replaced; a norm is of a type that is
-    not known (such as a subclass with its own forward, or timm's norms with an activation inside),
-    unless it is kept; a layer has hooks; a norm normalizes more than one dimension; it is inside
+    not known (such as a subclass with its own forward, EvoNorm, or a frozen batch norm), unless it
+    is kept; a layer has hooks; a norm normalizes more than one dimension; it is inside
     nn.TransformerEncoder(Layer) or a block with fused_add_norm, whose fast paths would go on
     computing a LayerNorm. Norms that a factory made are left alone.
     """
@@ -143,6 +153,9 @@ def replace_norms(
         _carry(plan.old, new, tied, values=carry_affine)
         for parent, name in plan.parents:
             setattr(parent, name, new)
+    for module in model.modules():
+        if getattr(module, "inplace", False) is True:
+            module.inplace = False  # type: ignore[assignment]
     return [
         Replaced(plan.paths[0], type_name(plan.old), str(new.norm_name), plan.site)
         for plan, new in built
@@ -169,16 +182,22 @@ def _plans(model: nn.Module, sites: Mapping[str, str], keep: Sequence[str]) -> I
         for module, paths in paths_of.items()
         if not any(fnmatchcase(path, pattern) for path in paths for pattern in keep)
     }
-    problems = [
-        f"{paths[0]} ({why})" for module, paths in going.items() if (why := _problem(module, paths))
-    ]
+    problems: dict[str, list[str]] = {}
+    for module, paths in going.items():
+        if why := _problem(module, paths):
+            problems.setdefault(why, []).append(paths[0])
     if problems:
+        listed = "; ".join(
+            f"{paths[0]}{f' and {len(paths) - 1} more' if paths[1:] else ''} ({why})"
+            for why, paths in problems.items()
+        )
         raise ValueError(
-            f"replace_norms: cannot replace {'; '.join(problems)}."
-            " Name them in keep= to leave them as they are"
+            f"replace_norms: cannot replace {listed}. Name them in keep= to leave them as they are"
         )
     for module, paths in going.items():
-        plan = _Plan(module, paths, _site(paths[0], sites), _like(module, paths[0], modules))
+        plan = _Plan(
+            module, paths, _site(paths[0], module, sites), _like(module, paths[0], modules)
+        )
         for path in paths:
             parent, _, name = path.rpartition(".")
             plan.parents.append((modules[parent], name))
@@ -191,8 +210,11 @@ def _made_by_factory(path: str, modules: Mapping[str, nn.Module]) -> bool:
     return any("norm_name" in vars(modules[name]) for name in above)
 
 
-def _site(path: str, sites: Mapping[str, str]) -> str:
-    return next((site for glob, site in sites.items() if fnmatchcase(path, glob)), guess_site(path))
+def _site(path: str, module: nn.Module, sites: Mapping[str, str]) -> str:
+    guess = guess_site(path)
+    if guess in ("attn", "ffn") and type_name(module) in WITH_ACTIVATION:
+        guess = "mixer"  # norm1 and norm2 of a block of convolutions
+    return next((site for glob, site in sites.items() if fnmatchcase(path, glob)), guess)
 
 
 def _problem(module: nn.Module, paths: list[str]) -> str:
@@ -200,29 +222,13 @@ def _problem(module: nn.Module, paths: list[str]) -> str:
     name = type_name(module)
     if paths[0] == "":
         return "the model itself is a norm: call the factory instead"
-    if not (name in _CHANNELS_LAST | _CHANNELS_FIRST or _transformers_rms(module)):
-        fused = hasattr(module, "act") or hasattr(module, "apply_act")
-        return (
-            f"{name}, {'which has an activation inside' if fused else 'not a type that is known'}"
-        )
+    if not is_known(module):
+        return f"{name}, not a type that is known"
     if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks:
         return f"{name} with hooks or a forward of its own, which would be lost"
     if len(getattr(module, "normalized_shape", (0,))) != 1:
         return f"{name} over more than the channels"
     return ""
-
-
-def _transformers_rms(module: Any) -> bool:
-    """transformers' many RMSNorms: by name, with one weight over the channels and no more."""
-    cls = type(module)
-    if cls.__module__.split(".")[0] not in ("transformers", "transformers_modules"):
-        return False
-    names = [name for name, _ in module.named_parameters()]
-    return (
-        bool(_TRANSFORMERS_RMS.search(cls.__name__))
-        and names == ["weight"]
-        and module.weight.dim() == 1
-    )
 
 
 def _like(module: nn.Module, path: str, modules: Mapping[str, nn.Module]) -> Tensor | None:
@@ -273,14 +279,19 @@ def _build(plan: _Plan, factory: NormFactory) -> nn.Module:
     new = factory(
         _dim(old),
         site=plan.site,
-        channels_first=type_name(old) in _CHANNELS_FIRST,
+        channels_first=type_name(old) in CHANNELS_FIRST,
         eps=float(eps),
         bias=bias is not None,
         affine=weight is not None,
     )
     if plan.like is not None:
         new.to(device=plan.like.device, dtype=plan.like.dtype)
-    return new.train(old.training)
+    new.train(old.training)
+    if type_name(old) not in WITH_ACTIVATION:
+        return new
+    drop, act = old.get_submodule("drop"), old.get_submodule("act")
+    does_nothing = type(drop) is nn.Identity and type(act) is nn.Identity
+    return new if does_nothing else activated(new, drop=drop, act=act)
 
 
 def _dim(norm: Any) -> int:
@@ -297,6 +308,8 @@ def _carry(old: nn.Module, new: nn.Module, tied: dict[int, nn.Parameter], *, val
     before = dict(old.named_parameters(recurse=False))
     trains = any(p.requires_grad for p in before.values()) or not before
     for name, parameter in list(new.named_parameters()):
+        if isinstance(new, Activated) and name.startswith(("act.", "drop.")):
+            continue  # the old ones, as they were
         source = before.get(name)
         if source is None or source.shape != parameter.shape:
             parameter.requires_grad_(trains)

@@ -343,3 +343,14 @@ def test_batchnorm_over_two_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(torch.cat([ranks[0]["grad"], ranks[1]["grad"]]), x.grad)
     one = make_norm("batchnorm")(DIM, site="attn").double()
     torch.testing.assert_close(ranks[0]["alone"], one(x[:3]).detach())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_batchnorm_of_one_value_leaves_the_running_variance(masked: bool) -> None:
+    """torch refuses it in the middle of a run: one real row of a last batch, at 1 x 1."""
+    norm = make_norm("batchnorm")(3, site="mixer", channels_first=True)
+    x = torch.tensor([2.0, -1.0, 5.0]).view(1, 3, 1, 1)
+    mask = torch.ones(1, dtype=torch.bool) if masked else None
+    assert torch.equal(norm.train()(x, mask), torch.zeros(1, 3, 1, 1))
+    assert torch.equal(norm.running_var, torch.ones(3))
+    torch.testing.assert_close(norm.running_mean, 0.1 * x.flatten())

@@ -291,6 +291,17 @@ def test_sites_are_guessed_from_the_usual_names() -> None:
         "encoder.layers.0.final_layer_norm": "ffn",
         "encoder.layers.0.self_attn_layer_norm": "attn",
         "feature_extractor.conv_layers.0.layer_norm": "stem",
+        "bn1": "stem",
+        "conv1.4": "stem",
+        "conv_stem.bn": "stem",
+        "bn2": "final",
+        "layer1.0.bn1": "mixer",
+        "layer2.0.downsample.1": "downsample",
+        "s1.b1.conv1.bn": "mixer",
+        "blocks.0.0.bn2": "mixer",
+        "features.denseblock1.denselayer1.norm1": "mixer",
+        "layers.1.downsample.norm": "downsample",
+        "wav2vec2.encoder.layer_norm": "final",
     }
     assert {path: guess_site(path) for path in guesses} == guesses
 
@@ -329,11 +340,19 @@ def test_timms_convnext_is_swapped_in_both_layouts(name: str) -> None:
     assert {m.site for _, m in norm_modules(model)} == {"stem", "downsample", "mixer", "final"}
 
 
-def test_timms_norms_with_an_activation_inside_are_refused() -> None:
-    layers = pytest.importorskip("timm.layers")
-    model = nn.Sequential(layers.BatchNormAct2d(DIM), nn.BatchNorm2d(DIM))
-    with pytest.raises(ValueError, match=r"cannot replace 0 \(.*an activation inside"):
+def test_many_norms_with_one_reason_are_one_line() -> None:
+    model = nn.Sequential(*(Transposing(DIM) for _ in range(30)))
+    with pytest.raises(ValueError, match=r"cannot replace 0 and 29 more \(.*Transposing, not"):
         replace_norms(model, "dyt")
+
+
+def test_the_audit_leaves_out_what_the_user_keeps() -> None:
+    model = nn.Sequential(OrderedDict(a=nn.LayerNorm(DIM), b=nn.LayerNorm(DIM)))
+    replace_norms(model, "dyt", keep=["b*"])
+    layernorm = "torch.nn.modules.normalization.LayerNorm"
+    assert foreign_norms(model, make_norm("dyt")) == [("b", layernorm)]
+    assert foreign_norms(model, make_norm("dyt"), keep=["b*"]) == []
+    assert foreign_norms(model, make_norm("derf"), keep=["*"]) == [("a", "dyt")]
 
 
 def test_torchvisions_convnext_and_resnet_are_swapped() -> None:
