@@ -2,10 +2,10 @@
 
     python -m scripts.build_fashion_mnist [FOLDER] [--out FILE]
 
-The bytes repeat: the choice of images needs no random numbers (`tasks.vision.data.content_order`),
-and the archive holds no time. Another zlib may compress to other bytes of equal content, so both
-digests are printed; they belong in tasks/vision/assets/DATA.md, the file's also in
-tasks/vision/data.py.
+The bytes repeat: the choice of images needs no random numbers
+(`tasks.vision.arrays.content_order`), and the archive holds no time. Another zlib may compress to
+other bytes of equal content, so both digests are printed; they belong in
+tasks/vision/assets/DATA.md, the file's also in tasks/vision/fashion_mnist.py.
 """
 
 from __future__ import annotations
@@ -19,14 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from suite.errors import ConfigError
-from tasks.vision.data import (
-    DEBIAN_ROOT,
-    MINI_FILE,
-    MINI_SIZES,
-    Bytes,
-    content_order,
-    read_idx_pair,
-)
+from tasks.vision.arrays import Bytes, content_order
+from tasks.vision.fashion_mnist import DEBIAN_ROOT, MINI_FILE, MINI_SIZES
+from tasks.vision.idx import read_pair
 
 MIDNIGHT_1980 = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip archive can hold
 
@@ -37,7 +32,7 @@ def choose(root: Path) -> dict[str, Bytes]:
     For each class the first 1,000 training images of `content_order` are train, the next 100 are
     val, and the first 100 test images are test; an image that was already taken is passed over.
     """
-    pools = {part: read_idx_pair(root, part) for part in ("train", "t10k")}
+    pools = {part: read_pair(root, part, name="fashion_mnist") for part in ("train", "t10k")}
     orders = {pool: content_order(*arrays) for pool, arrays in pools.items()}
     taken: set[bytes] = set()
     chosen: dict[str, Bytes] = {}

@@ -23,7 +23,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -41,10 +41,12 @@ from suite.callbacks import (
 from suite.checkpoint import init_from
 from suite.config import Config, to_dict
 from suite.data import Splits, SuiteDataModule
+from suite.ema import WeightEMA
 from suite.errors import ConfigError
 from suite.metrics import JsonlLogger
 from suite.module import SuiteModule
 from suite.norms import NormFactory, foreign_norms, make_norm, norm_modules
+from suite.optim import layer_scales
 from suite.registry import TaskSpec, load_task
 from suite.train import complain, say
 
@@ -116,7 +118,8 @@ def build_model(config: Config, spec: TaskSpec, factory: NormFactory, splits: Sp
         raise ConfigError(
             f"model={config.model_name} with norm={config.norm_name}: {error}"
         ) from error
-    leftover = foreign_norms(model, factory, keep_sites=spec.keep_sites)
+    kept = [path for path, _ in getattr(model, "kept", ())]  # model.keep, as replace_norms took it
+    leftover = foreign_norms(model, factory, keep_sites=spec.keep_sites, keep=kept)
     if leftover:
         listed = ", ".join(f"{path} ({kind})" for path, kind in leftover[:5])
         raise ConfigError(
@@ -135,9 +138,12 @@ def build_parts(config: Config, *, processes: int) -> Parts:
 
     Uses no accelerator and writes nothing.
     """
+    torch.set_float32_matmul_precision(config.run.matmul_precision)
     spec, factory = load_task(config.task_name), build_norm(config)
     splits = build_data(config, spec)
     model = build_model(config, spec, factory, splits)
+    if config.optim.layer_decay is not None:
+        layer_scales(model, config.optim.layer_decay)  # refuses a model without layers
     notes = []
     if config.model.init_from and not config.evaluate:
         across = config.model.init_across_norms
@@ -172,7 +178,7 @@ def build_parts(config: Config, *, processes: int) -> Parts:
         seed=config.seed,
         nominal=config.data.batch_size // (processes * accumulate),
         steps_per_epoch=max(1, len(sampler) // accumulate),
-        padded=not config.data.drop_last,
+        padded=not config.data.drop_last or data.skips,
     )
     return Parts(config, spec, factory, module, data, notes)
 
@@ -200,7 +206,8 @@ def audit_line(parts: Parts) -> str:
         for name, sites in by_name.items()
     ]
     kept = ", ".join(parts.spec.keep_sites) or "none"
-    return f"{'; '.join(listed)}; sites kept: {kept}"
+    by_user = len(getattr(parts.module.model, "kept", ()))
+    return f"{'; '.join(listed)}; sites kept: {kept}" + f", norms kept: {by_user}" * bool(by_user)
 
 
 def build_callbacks(config: Config, spec: TaskSpec, folder: Path | None) -> list[Callback]:
@@ -221,7 +228,7 @@ def build_callbacks(config: Config, spec: TaskSpec, folder: Path | None) -> list
 
         callbacks.append(SuiteProgressBar() if sys.stderr.isatty() else ProgressLines())
     if config.optim.ema_decay is not None:
-        callbacks.append(EMAWeightAveraging(decay=config.optim.ema_decay))
+        callbacks.append(WeightEMA(config.optim.ema_decay))
     if folder is not None:
         place: dict[str, Any] = {"dirpath": folder / "checkpoints", "enable_version_counter": False}
         callbacks.append(ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **place))

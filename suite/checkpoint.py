@@ -146,11 +146,13 @@ def read_weights(
     }
     if any(problems.values()):
         listed = "; ".join(f"{what} {few(names)}" for what, names in problems.items() if names)
-        hint = ""
-        if set(problems["missing"]) <= set(absent) and set(problems["unknown"]) <= set(foreign):
-            hint = ". It looks trained with another norm: choose that norm" * (
-                not problems["other shape"]
-            )
+        hint = getattr(model, "weights_hint", lambda names: "")(set(state))
+        of_a_norm = set(problems["missing"]) <= set(absent) and set(problems["unknown"]) <= set(
+            foreign
+        )
+        if not hint and of_a_norm and not problems["other shape"]:
+            hint = "It looks trained with another norm: choose that norm"
+        hint = f". {hint}" if hint else ""
         raise ConfigError(f"{where}: these are not weights of this model: {listed}{hint}")
     model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=not across_norms)
     notes = [f"loaded {len(state) - len(foreign)} tensors from {file}"]

@@ -43,10 +43,26 @@ def check(config: Config, *, processes: int | None = None) -> None:
             "optim.fused=true: with trainer.precision=16-mixed it unscales gradients itself, after "
             "they were clipped; leave optim.fused out, or take bf16-mixed"
         )
+    if config.optim.ema_decay is not None:
+        _check_average(config)
     known = processes or world_size(config) or 1
     _check_batch(config, known)
     if trainer.accelerator == "cpu":
         _check_batchnorm(config, known)
+
+
+def _check_average(config: Config) -> None:
+    precision, strategy = config.trainer.precision, config.trainer.strategy
+    if precision in ("bf16-true", "16-true"):
+        raise ConfigError(
+            f"optim.ema_decay={config.optim.ema_decay}: with trainer.precision={precision} the "
+            "average is rounded so coarsely that it stands still; take bf16-mixed"
+        )
+    if strategy == "fsdp" or strategy.startswith("deepspeed"):
+        raise ConfigError(
+            f"optim.ema_decay={config.optim.ema_decay}: no average is kept of weights that "
+            f"trainer.strategy={strategy} divides; take ddp, or leave optim.ema_decay out"
+        )
 
 
 def _check_batch(config: Config, processes: int) -> None:
@@ -60,6 +76,12 @@ def _check_batch(config: Config, processes: int) -> None:
             f"data.batch_size={batch}: the examples of one step over all processes; "
             f"must be a multiple of {processes} processes x trainer.accumulate_grad_batches="
             f"{accumulate}, such as {nearest}"
+        )
+    if batch is not None and getattr(config.data, "in_pairs", False) and batch // parts % 2:
+        raise ConfigError(
+            f"data.batch_size={batch}: examples are mixed in pairs, so that each of {processes} "
+            f"processes x trainer.accumulate_grad_batches={accumulate} must get an even number, "
+            f"such as data.batch_size={batch + parts}"
         )
 
 

@@ -65,7 +65,9 @@ __all__ = [
 
 # Where a run goes and how it is watched, not what it computes: left out of `comparable_hash`.
 INCOMPARABLE = (
-    *("norm", "seed", "recipe", "run", "data.num_workers", "data.eval_batch_size"),
+    *("norm", "seed", "recipe", "data.num_workers", "data.eval_batch_size"),
+    *("run.dir", "run.resume", "run.save_every_n_steps", "run.dist_timeout", "run.compile"),
+    *("run.eval_split", "run.tensorboard", "run.norm_stats"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
     *("trainer.num_sanity_val_steps", "trainer.detect_anomaly"),
@@ -323,7 +325,8 @@ def _assign(node: DictConfig, field: str, hint: Any, setting: Setting) -> None:
             _assign(node, field, hint, Setting((*setting.path, str(name)), item, setting.origin))
         return
     try:
-        OmegaConf.update(node, ".".join((field, *inner)), value)
+        # brackets: a glob such as *.bn is one key, dots and all
+        OmegaConf.update(node, "".join((field, *(f"[{key}]" for key in inner))), value)
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise setting.error(wrong_type(setting.value, leaf_hint)) from error
 

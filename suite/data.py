@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -24,6 +25,7 @@ from suite.errors import ConfigError
 from suite.randomness import generator
 
 Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,11 @@ class DataInfo:
 
 
 class BatchDataset(Protocol):
-    """A split; fetch's randomness depends on (seed, epoch, index) only."""
+    """A split; fetch's randomness depends on (seed, epoch, index) only.
+
+    fetch may add "valid", bool [B], False for rows that could not be read: they then count for as
+    little as padding does. A split whose fetch does so has `skips = True` and `path_of(index)`.
+    """
 
     def __len__(self) -> int: ...
 
@@ -203,7 +209,11 @@ class AddressedDataset(Dataset[dict[str, Tensor]]):
         batch = self.split.fetch(where.indices, epoch=where.epoch, train=self.train)
         batch["sample_id"] = torch.tensor(where.indices)
         # bool: sums of it are exact in any precision (bf16-true would make floats bfloat16)
-        batch["valid"] = torch.arange(len(where.indices)) < where.valid
+        valid = torch.arange(len(where.indices)) < where.valid
+        if (readable := batch.pop("valid", None)) is not None:
+            batch["unreadable"] = valid & ~readable
+            valid = valid & readable
+        batch["valid"] = valid
         return batch
 
 
@@ -225,6 +235,43 @@ class SuiteDataModule(L.LightningDataModule):
         super().__init__()
         self.splits, self.options, self.seed, self.accumulate = splits, options, seed, accumulate
         self.limits = dict(limits or {})
+        self.unreadable: dict[Split, set[int]] = {"train": set(), "val": set(), "test": set()}
+
+    @property
+    def skips(self) -> bool:
+        """Whether rows may turn out to be unreadable, and then count for nothing."""
+        return any(getattr(getattr(self.splits, split), "skips", False) for split in SPLITS)
+
+    def on_before_batch_transfer(
+        self, batch: dict[str, Tensor], dataloader_idx: int
+    ) -> dict[str, Tensor]:
+        """Note which rows could not be read, here, where looking at them waits for no device."""
+        bad = batch.pop("unreadable", None)
+        if bad is not None and bad.any():
+            trainer: Any = self.trainer
+            evaluating = trainer is not None and (trainer.validating or trainer.sanity_checking)
+            testing = trainer is not None and trainer.testing
+            split: Split = "val" if evaluating else "test" if testing else "train"
+            self.unreadable[split].update(batch["sample_id"][bad].tolist())
+        return batch
+
+    def unreadable_files(self) -> dict[str, dict[str, Any]]:
+        """By split, how many files could not be read, over all processes, and the first ten.
+
+        Every process has to call it.
+        """
+        found: dict[str, dict[str, Any]] = {}
+        for split, ids in self.unreadable.items():
+            everyone: list[set[int] | None] = [ids]
+            if dist.is_available() and dist.is_initialized():
+                everyone = [None] * dist.get_world_size()
+                dist.all_gather_object(everyone, ids)
+            together = sorted(set().union(*(one or set() for one in everyone)))
+            if together:
+                path_of = getattr(self.splits, split).path_of
+                first = [str(path_of(index)) for index in together[:10]]
+                found[split] = {"count": len(together), "files": first}
+        return found
 
     @property
     def _place(self) -> tuple[int, int]:
@@ -285,7 +332,16 @@ class SuiteDataModule(L.LightningDataModule):
         return self._eval_dataloader("test")
 
     def fixed_batch(self, size: int) -> dict[str, Tensor]:
-        """The first `size` training examples, not augmented: the same everywhere."""
-        indices = list(range(min(size, len(self.splits.train))))
+        """`size` training examples, not augmented: the same everywhere.
+
+        The first ones; of a split that is in order of classes (`by_class`) some of each.
+        """
+        total = len(self.splits.train)
+        count = min(size, total)
+        stride = total / count if getattr(self.splits.train, "by_class", False) else 1
+        indices = [int(i * stride) for i in range(count)]
         dataset = AddressedDataset(self.splits.train, train=False)
-        return dataset[address(indices, size=len(indices), epoch=0)]
+        batch = dataset[address(indices, size=len(indices), epoch=0)]
+        if batch.pop("unreadable", None) is not None:
+            batch = {name: rows[batch["valid"]] for name, rows in batch.items()}
+        return batch

@@ -15,3 +15,13 @@ class DivergedError(RuntimeError):
     """Training produced a non-finite loss or gradient. Exit code 3."""
 
     exit_code = 3
+
+
+class DataError(RuntimeError):
+    """A sample that cannot be read, found while training. Exit code 1."""
+
+    exit_code = 1
+
+    def __str__(self) -> str:
+        """Its one line, without the traceback that a loader's worker puts around it."""
+        return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()

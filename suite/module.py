@@ -21,7 +21,7 @@ from torchmetrics import MetricCollection
 
 from suite.data import DataInfo, Split, batches_done
 from suite.errors import ConfigError
-from suite.norms import calibrate, check_compatible
+from suite.norms import calibrate, check_compatible, norm_modules
 from suite.optim import build_optimizer, schedule, warmup_steps
 from suite.randomness import derive
 
@@ -172,6 +172,11 @@ class SuiteModule(L.LightningModule):
         Called before the model is set.
         """
         return MetricCollection({})
+
+    @property
+    def initialises(self) -> bool:
+        """Whether `initialise` would do anything, so that a batch has to be read for it."""
+        return any(getattr(norm, "to_calibrate", False) for _, norm in norm_modules(self.model))
 
     def initialise(self, batch: Batch) -> dict[str, float]:
         """Data-dependent initialisation from one fixed batch, the same on every rank.

@@ -4,6 +4,10 @@ Weight decay goes by role, not by the type of one norm: published scripts exempt
 type and then decay DyT's alpha and weight, so that the comparison compares decay. Here what a norm
 owns, every bias and what the model names in `no_weight_decay()` is not decayed, for every norm
 alike.
+
+With layer-wise decay of the learning rate (arXiv 2106.08254, as timm and MAE fine-tune with it) a
+parameter of layer i learns at lr * layer_decay ** (last - i), and so does its min_lr: the schedule
+is a factor on every group's own rate.
 """
 
 from __future__ import annotations
@@ -15,20 +19,46 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from suite.errors import ConfigError
 from suite.norms import norm_parameters
 
 if TYPE_CHECKING:
     from suite.settings import OptimConfig
 
 
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """Name of every parameter -> its share of the learning rate: decay ** (last layer - its own).
+
+    The model says in `layer_of(name)` which layer a parameter is of: 0 the stem, the largest the
+    head. Raises ConfigError if it does not.
+    """
+    layer_of = getattr(model, "layer_of", None)
+    if layer_of is None:
+        raise ConfigError(
+            f"optim.layer_decay={decay}: {type(model).__name__} does not say which layer a "
+            "parameter is of; leave optim.layer_decay out, or give the model a method layer_of"
+        )
+    layers = {name: int(layer_of(name)) for name, _ in model.named_parameters()}
+    last = max(layers.values())
+    return {name: decay ** (last - layer) for name, layer in layers.items()}
+
+
 def parameter_groups(
-    model: nn.Module, *, weight_decay: float, decay_norm: bool
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    decay_norm: bool,
+    lr: float,
+    layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
-    """Two groups: decayed and not. decay_norm: decay alpha, shift, weight and bias of norms too."""
+    """Two groups, decayed and not, of each learning rate; the first has the highest rate.
+
+    decay_norm: decay alpha, shift, weight and bias of norms too. lr: that of the last layer.
+    """
     norms = set(norm_parameters(model))
     exempt = set(getattr(model, "no_weight_decay", set)())
-    decayed: list[nn.Parameter] = []
-    kept: list[nn.Parameter] = []
+    scales = {} if layer_decay is None else layer_scales(model, layer_decay)
+    held: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -36,17 +66,22 @@ def parameter_groups(
             role_decays = decay_norm
         else:
             role_decays = parameter.ndim > 1 and name not in exempt
-        (decayed if role_decays else kept).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        held.setdefault((scales.get(name, 1.0), role_decays), []).append(parameter)
+    return [
+        {"params": held[key], "weight_decay": weight_decay if key[1] else 0.0, "lr": lr * key[0]}
+        for key in sorted(held, reverse=True)
     ]
-    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> torch.optim.Optimizer:
     """The optimizer that `optim.name` names, over `parameter_groups(model)`."""
-    groups = parameter_groups(model, weight_decay=config.weight_decay, decay_norm=config.decay_norm)
+    groups = parameter_groups(
+        model,
+        weight_decay=config.weight_decay,
+        decay_norm=config.decay_norm,
+        lr=config.lr,
+        layer_decay=config.layer_decay,
+    )
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused or None)
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam

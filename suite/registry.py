@@ -55,6 +55,8 @@ class TaskSpec:
     unit: what throughput counts besides examples ("images", "tokens", "seconds of audio", "bases").
     keep_sites: sites that keep the norm that the model was published with, whatever `norm=` says.
     options: defaults of the task's own settings (`task.label_smoothing=0.1`).
+    plain_loader: plain_loader(data options, *, seed) -> the batches of an epoch, read by the loop
+        that everyone writes: what `suite.bench loading` compares with.
     """
 
     name: str
@@ -65,6 +67,7 @@ class TaskSpec:
     unit: str
     keep_sites: tuple[str, ...] = ()
     options: Any = NoOptions()
+    plain_loader: Callable[..., Any] | None = None
 
 
 def task_names() -> tuple[str, ...]:

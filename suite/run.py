@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ from suite.config import (
     comparable_hash,
     to_dict,
 )
-from suite.errors import ConfigError, DivergedError
+from suite.errors import ConfigError, DataError, DivergedError
 from suite.folder import choose_folder, open_folder, resumed_checkpoint
 from suite.metrics import (
     SCHEMA,
@@ -44,6 +44,7 @@ from suite.metrics import (
     versions,
     write_json,
 )
+from suite.norms import Kept, Replaced, swap_rows, swap_table
 from suite.train import say
 
 C = TypeVar("C")
@@ -61,6 +62,7 @@ class Record:
     command: str
     started: float
     test: Mapping[str, float]
+    unreadable: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, status: str, error: str | None = None) -> dict[str, Any] | None:
         """Write result.json (rank 0 only) and return it."""
@@ -89,6 +91,7 @@ class Record:
                 "sha256": info.sha256,
                 "synthetic": info.synthetic,
                 "sizes": dict(info.sizes),
+                "unreadable": self.unreadable,
             },
             "norm": config.norm_name,
             "norm_options": to_dict(config)["norm"],
@@ -106,6 +109,7 @@ class Record:
             "loss": {"train": parts.module.train_loss, "val": tracker.metrics.get("val/loss")},
             "parameters": parameters,
             "norm_parameters": of_norms,
+            "norm_swaps": swap_rows(*(swapped(parts) or ([], []))),
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
             "wall_seconds": round(time.time() - self.started, 2),
@@ -153,8 +157,15 @@ def follow(record: Record, resume: Path | None) -> None:
         fit(parts, trainer, resume)
         validate_the_end(parts, trainer)
         record.test = test(parts, trainer, record.folder)
+        record.unreadable = parts.data.unreadable_files()
+        for split, found in record.unreadable.items():
+            count, first = found["count"], found["files"][0]
+            say(f"note: {count} unreadable files of {split} were left out, such as {first}")
     except DivergedError as error:
         record.write("diverged", str(error))
+        raise
+    except DataError as error:
+        record.write("failed", str(error))
         raise
     except (KeyboardInterrupt, SystemExit) as error:
         record.write("interrupted", "interrupted by the user")
@@ -224,7 +235,7 @@ def measured(trainer: L.Trainer, split: str) -> dict[str, float]:
 def initialise(parts: Parts) -> None:
     """Data-dependent initialisation, the same on every rank."""
     config = parts.config
-    if config.model.init_from:
+    if config.model.init_from or not parts.module.initialises:
         return
     batch = parts.data.fixed_batch(CALIBRATION_EXAMPLES)
     try:
@@ -248,13 +259,24 @@ def introduce(parts: Parts, trainer: L.Trainer, folder: Path | None) -> None:
     say(f"task   {config.task_name}   seed {config.seed}")
     say(f"model  {config.model_name}, {count:,} parameters ({of_norms:,} in norms)")
     say(f"norms  {audit_line(parts)}")
+    if swaps := swapped(parts):
+        say("\n".join(f"       {line}" for line in swap_table(*swaps).splitlines()))
     say(f"data   {info.name}, {sizes} examples{', SYNTHETIC' if info.synthetic else ''}")
     device = type(trainer.accelerator).__name__.removesuffix("Accelerator")
-    say(f"where  {trainer.world_size} x {device}, {trainer.precision}, global batch {batch}")
+    world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
+    share = f" = {world} x {batch // (world * accumulate)}" if world * accumulate > 1 else ""
+    share += f" x {accumulate} accumulated" if accumulate > 1 else ""
+    say(f"where  {world} x {device}, {trainer.precision}, global batch {batch}{share}")
     if folder is not None:
         say(f"run    {folder}")
-    for note in parts.notes:
+    for note in (*parts.notes, *info.extra.get("notes", ())):
         say(f"note: {note}")
+
+
+def swapped(parts: Parts) -> tuple[list[Replaced], list[Kept]] | None:
+    """What was replaced and kept in somebody else's model; None for the suite's own."""
+    model: Any = parts.module.model
+    return (model.replaced, model.kept) if hasattr(model, "replaced") else None
 
 
 def summarise(result: Mapping[str, Any], folder: Path) -> None:

@@ -167,6 +167,7 @@ class OptimConfig:
         all steps; decay_fraction=null is what remains; the end is final_scale * lr.
     power: exponent of the polynomial schedule.
     decay_norm: weight decay on norm parameters too, for every norm alike.
+    layer_decay: a layer's learning rate is this share of the next one's; the last layer's is lr.
     ema_decay: exponential moving average of the weights, which is then what is evaluated.
     fused: torch's fused optimizer; null leaves the choice to the suite.
     """
@@ -188,6 +189,7 @@ class OptimConfig:
     final_scale: float = 0.05
     power: float = 1.0
     decay_norm: bool = False
+    layer_decay: float | None = None
     ema_decay: float | None = None
     fused: bool | None = None
 
@@ -200,6 +202,8 @@ class OptimConfig:
             value = getattr(self, field)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"{field} must be from 0 up to, but not, 1, got {value}")
+        if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
+            raise ValueError(f"layer_decay must be above 0 and at most 1, got {self.layer_decay}")
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr must not be above optim.lr={self.lr}, got {self.min_lr}")
         warmups = ("warmup_steps", "warmup_epochs", "warmup_fraction")
@@ -225,6 +229,8 @@ class RunConfig:
     save_every_n_steps: write checkpoints/last.ckpt every so many steps, besides after each epoch.
     dist_timeout: seconds that a process waits for the others before it gives up.
     compile: false, or a mode of torch.compile.
+    matmul_precision: of float32 matrix products on a GPU: "high" is TF32 on NVIDIA's, which the
+        published vision runs had, and which PyTorch takes for convolutions anyway.
     eval_split: what `evaluate=` and the end of a run measure.
     norm_stats: log alpha, RMS of the input and saturation of each site.
     """
@@ -234,6 +240,7 @@ class RunConfig:
     save_every_n_steps: int | None = None
     dist_timeout: int = 600
     compile: bool | str = False
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
     eval_split: Literal["val", "test"] = "test"
     tensorboard: bool = True
     norm_stats: bool = True
@@ -241,6 +248,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for a value out of range."""
         _at_least(self, 1, "dist_timeout", "save_every_n_steps")
+        _one_of(self, "matmul_precision", ("highest", "high", "medium"))
         if self.compile is True:
             object.__setattr__(self, "compile", "default")
         if self.compile is not False:

@@ -64,8 +64,8 @@ def locate(request: Request) -> Location:
     runs = [("evaluate", request.sources.get("evaluate", "never"))]
     runs += [(s.key, str(s.value)) for s in request.settings if s.path == ("run", "resume")]
     for key, run in runs:
-        if run not in ("never", "auto"):
-            return Location(_run_config(key, run), True, of_a_run=True)
+        if run not in ("never", "auto") and (config := _run_config(key, run)) is not None:
+            return Location(config, True, of_a_run=True)
     path = config_folder() / f"{request.choices.get('task', registry.DEFAULT_TASK)}.yaml"
     return Location(path if path.is_file() else None)
 
@@ -84,8 +84,12 @@ def _recipe_path(recipe: str) -> Path:
     return names[recipe]
 
 
-def _run_config(key: str, run: str) -> Path:
-    """config.yaml of a run that is given as its folder or as one of its checkpoints."""
+def _run_config(key: str, run: str) -> Path | None:
+    """config.yaml of a run that is given as its folder or as one of its checkpoints.
+
+    None for a file to evaluate that is not a run's: published weights, which the command line
+    describes.
+    """
     path = Path(run)
     if not path.exists():
         raise ConfigError(
@@ -94,6 +98,8 @@ def _run_config(key: str, run: str) -> Path:
     for folder in (path, path.parent, path.parent.parent):
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
+    if key == "evaluate" and path.is_file():
+        return None
     raise ConfigError(f"{key}={run}: not a run: no config.yaml there")
 
 

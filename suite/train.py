@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from suite.errors import ConfigError, DivergedError
+from suite.errors import ConfigError, DataError, DivergedError
 
 if TYPE_CHECKING:
     from suite.config import Config
@@ -40,9 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         complain(str(error))
         return ConfigError.exit_code
-    except DivergedError as error:
+    except (DataError, DivergedError) as error:
         complain(str(error))
-        return DivergedError.exit_code
+        return error.exit_code
     except KeyboardInterrupt:
         complain("interrupted")
         return INTERRUPTED
@@ -61,7 +61,7 @@ def act(action: str, config: Config, *, command: str) -> int:
         if action == "dry_run":
             return trial.dry_run(config)
         return run.train(config, command=command)
-    except (ConfigError, DivergedError, KeyboardInterrupt):
+    except (ConfigError, DataError, DivergedError, KeyboardInterrupt):
         raise
     except Exception as error:  # the last resort: the run's own record has been written by now
         traceback.print_exc()

@@ -225,6 +225,32 @@ class ViT(nn.Module):
             x_BTC = block(x_BTC, mask)
         return self.head(self.fc_norm(self.pool(self.norm(x_BTC, mask)), mask))
 
+    def weights_hint(self, names: set[str]) -> str:
+        """What to set so that a file with these names fits; empty if that is not the matter."""
+        own = set(self.state_dict())
+        wanted = {
+            "model.pool=cls": "norm.weight" in names - own,
+            "model.pool=avg": "fc_norm.weight" in names - own,
+            "model.class_token=true": "cls_token" in names - own,
+            "model.class_token=false": "cls_token" in own - names,
+            "model.qk_norm=true": "blocks.0.attn.q_norm.weight" in names - own,
+            "model.qk_norm=false": "blocks.0.attn.q_norm.weight" in own - names,
+            "model.qkv_bias=true": "blocks.0.attn.qkv.bias" in names - own,
+            "model.qkv_bias=false": "blocks.0.attn.qkv.bias" in own - names,
+        }
+        changes = [change for change, needed in wanted.items() if needed]
+        return f"The file is for {' '.join(changes)}" if changes else ""
+
+    def layer_of(self, name: str) -> int:
+        """The depth of a parameter, for layer-wise learning rates: embedding 0, then the blocks.
+
+        The final norm and the head are one more (timm's and MAE's numbers).
+        """
+        first, _, rest = name.partition(".")
+        if first in ("cls_token", "pos_embed", "patch_embed"):
+            return 0
+        return int(rest.partition(".")[0]) + 1 if first == "blocks" else len(self.blocks) + 1
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed besides norms and biases (timm's list)."""
         return {name for name in ("pos_embed", "cls_token") if getattr(self, name) is not None}

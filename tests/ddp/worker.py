@@ -16,7 +16,8 @@ import torch
 from suite.data import Splits
 from suite.registry import Choice, load_task
 from suite.train import main
-from tasks.vision.data import VisionDataOptions, build_mini
+from tasks.vision.augment import VisionDataOptions
+from tasks.vision.fashion_mnist import build_mini
 
 
 @dataclass(frozen=True)

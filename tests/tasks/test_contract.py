@@ -27,18 +27,38 @@ from suite.norms import (
 )
 from suite.registry import TaskSpec, load_task, task_names
 
-# What makes a full-size model small enough for a test and fit for the task's embedded data.
-TINY: dict[str, dict[str, Any]] = {
+# What makes a full-size model small enough for a test and fit for the task's embedded data, by the
+# beginning of the model's name.
+TINY: dict[str, dict[str, dict[str, Any]]] = {
     "vision/classify": {
-        "image_size": 28,
-        "in_chans": 1,
-        "patch_size": 7,
-        "dim": 48,
-        "depth": 2,
-        "heads": 3,
+        "vit_": {
+            "image_size": 28,
+            "in_chans": 1,
+            "patch_size": 7,
+            "dim": 48,
+            "depth": 2,
+            "heads": 3,
+        },
+        "convnext_": {
+            "in_chans": 1,
+            "patch_size": 4,
+            "dim": 16,
+            "depth1": 1,
+            "depth2": 1,
+            "depth3": 1,
+            "depth4": 0,
+            "layer_scale": 0.5,
+            "init": "torch",
+        },
+        "timm": {"timm_name": "test_resnet"},
     }
 }
 BATCH = 16
+
+
+def tiny(task: str, model: str) -> dict[str, Any]:
+    """The overrides of a model."""
+    return next(values for start, values in TINY[task].items() if model.startswith(start))
 
 
 @dataclass
@@ -74,7 +94,7 @@ _splits: dict[str, Any] = {}
 def build(task: str, model: str, norm: str) -> Case:
     spec = load_task(task)
     config = load([f"task={task}", f"model={model}", f"norm={norm}"]).settled
-    config = replace(config, model=replace(config.model, **TINY[task]))
+    config = replace(config, model=replace(config.model, **tiny(task, model)))
     if task not in _splits:
         _splits[task] = spec.data[config.data_name].build(config.data, seed=0)
     splits, factory = _splits[task], make_norm(norm, config.norm)
@@ -186,8 +206,11 @@ def test_full_size_models_build_on_the_meta_device(norm: str) -> None:
         )
         factory = make_norm(norm)
         for name, choice in spec.models.items():
-            extra = {"image_size": 28, "in_chans": 1} if name == "vit_fmnist" else {}
+            extra = {"image_size": 28, "in_chans": 1} if name.endswith("_fmnist") else {}
             data = replace(info, extra={**info.extra, **extra})
+            options = choice.options
+            if name == "timm":
+                options = replace(options, timm_name="convnext_base")
             with torch.device("meta"):
-                model = choice.build(choice.options, norm=factory, data=data)
+                model = choice.build(options, norm=factory, data=data)
             assert foreign_norms(model, factory, keep_sites=spec.keep_sites) == []

@@ -1,0 +1,84 @@
+"""One image file -> an RGB image of PIL, with every conversion said and tested.
+
+Real trees hold more than RGB JPEGs: ImageNet has grey, CMYK and one PNG that is named .JPEG. For
+8-bit images the pixels are those of PIL's convert("RGB"), which torchvision and timm use:
+
+- grey, black and white, palette: the same colours in RGB
+- alpha (RGBA, LA, a transparent palette entry): dropped, not blended with a background; the colour
+  below a transparent pixel shows
+- CMYK and YCCK JPEG: PIL's conversion without a colour profile, Adobe's inversion undone
+- animated GIF, PNG or WebP, multi-page TIFF: the first frame
+- 16 bits a channel: the high byte. PIL does so for colour; for grey its convert("RGB") clips, and
+  nearly every pixel becomes white
+- EXIF orientation: not applied, as in torchvision and timm
+- 32-bit integers above 65,535 and 32-bit floats: refused, for nothing says which value is white
+"""
+
+from __future__ import annotations
+
+import os
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# By content, not by name. PIL knows more; some of those run other programs (EPS) or are documents.
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
+# Names that count as images in a folder, in lower case.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+
+
+class DecodeError(Exception):
+    """A file that is no image, or a damaged one. path: of the file; reason: a few words."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{shown(self.path)} cannot be decoded ({self.reason})"
+
+
+def open_image(path: str | os.PathLike[str]) -> Any:
+    """The image in a file, mode RGB, all of it decoded. Raises DecodeError."""
+    from PIL import Image, UnidentifiedImageError
+
+    content: bytes | None = None
+    try:
+        content = Path(path).read_bytes()
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
+            image.load()
+            return to_rgb(image)
+    except UnidentifiedImageError:
+        reason = f"none of {', '.join(FORMATS)}" if content else "empty file"
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except Exception as error:  # damaged files make PIL raise SyntaxError, struct.error and more
+        reason = str(error) or type(error).__name__
+    raise DecodeError(os.fspath(path), " ".join(reason.split()))
+
+
+def to_rgb(image: Any) -> Any:
+    """The decoded image of PIL in mode RGB. Raises ValueError for a mode without a known range."""
+    if image.mode == "F":
+        raise ValueError("32-bit float pixels: which value is white is not known")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return high_byte(image).convert("RGB")
+    image.info.pop("transparency", None)  # PIL would warn; the pixels are the same
+    return image.convert("RGB")
+
+
+def high_byte(image: Any) -> Any:
+    """An 8-bit grey image of a grey image of 16 bits."""
+    from PIL import Image
+
+    values = np.asarray(image)
+    if values.size and (values.min() < 0 or values.max() > 0xFFFF):
+        raise ValueError("32-bit pixels: which value is white is not known")
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+def shown(path: str) -> str:
+    """A path as one line of text, whatever bytes are in it."""
+    return path if path.isprintable() else ascii(path)
