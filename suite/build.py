@@ -162,13 +162,7 @@ def build_parts(config: Config, *, processes: int) -> Parts:
             "test": trainer.limit_test_batches,
         },
     )
-    sampler = data.train_sampler(rank=0, world_size=processes)  # refuses a batch over the data
-    every = trainer.val_check_interval
-    if isinstance(every, int) and every > len(sampler) > 0 and trainer.check_val_every_n_epoch:
-        raise ConfigError(
-            f"trainer.val_check_interval={every}: an epoch has only {len(sampler)} batches; take "
-            "at most that, or trainer.check_val_every_n_epoch=null to count over epochs"
-        )
+    batches = 0 if config.evaluate else epoch_batches(config, data, processes=processes)
     module: SuiteModule = spec.module(
         model,
         options=config.task,
@@ -177,10 +171,22 @@ def build_parts(config: Config, *, processes: int) -> Parts:
         identity=identity(config, factory),
         seed=config.seed,
         nominal=config.data.batch_size // (processes * accumulate),
-        steps_per_epoch=max(1, len(sampler) // accumulate),
+        steps_per_epoch=max(1, batches // accumulate),
         padded=not config.data.drop_last or data.skips,
     )
     return Parts(config, spec, factory, module, data, notes)
+
+
+def epoch_batches(config: Config, data: SuiteDataModule, *, processes: int) -> int:
+    """Micro-batches of an epoch. Raises ConfigError where the data has not one whole batch."""
+    trainer, found = config.trainer, len(data.train_sampler(rank=0, world_size=processes))
+    every = trainer.val_check_interval
+    if isinstance(every, int) and every > found > 0 and trainer.check_val_every_n_epoch:
+        raise ConfigError(
+            f"trainer.val_check_interval={every}: an epoch has only {found} batches; take "
+            "at most that, or trainer.check_val_every_n_epoch=null to count over epochs"
+        )
+    return found
 
 
 def identity(config: Config, factory: NormFactory) -> dict[str, Any]:

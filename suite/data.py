@@ -128,6 +128,10 @@ class TrainSampler(Sampler[BatchAddress]):
         limit: int | float | None,
         position: Callable[[], int],
     ) -> None:
+        if size == 0:
+            raise ConfigError(
+                "data: there is nothing to train on; it can only be evaluated, with evaluate=FILE"
+            )
         if drop_last and size < batch_size:
             raise ConfigError(
                 f"data.batch_size={batch_size}: the training split has only {size} examples. "

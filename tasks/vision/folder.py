@@ -8,6 +8,7 @@ What the splits are (Layout says which folders there are):
   of train for validation, and the val folder is the test, looked at once
 - train and test: `val=split` takes the validation from train
 - one folder: `val_fraction` and `test_fraction` of it
+- val alone: `val=only`, to evaluate published weights
 
 A share is chosen by a hash of each file's path below the class folders' root, so it is the same on
 every machine and new files move no old ones. An image that cannot be decoded ends the run
@@ -43,6 +44,7 @@ from tasks.vision.layout import (
     find_layout,
     listed,
     subfolders,
+    val_layout,
 )
 from tasks.vision.pretrained import Preprocessing, preprocessing_of
 
@@ -63,7 +65,8 @@ class ImageFolderOptions(VisionDataOptions):
     the resized image's shortest side that is kept.
     mean, std: three numbers, of pixels as shares of 255; None: ImageNet's.
     val: where validation comes from if there is a train folder: the val folder, or a share of
-    train. val_fraction, test_fraction: the shares, where a folder is divided.
+    train; only: there is no train folder, and weights can be evaluated, not trained.
+    val_fraction, test_fraction: the shares, where a folder is divided.
     on_error: what a file does that cannot be decoded: end the run, or count for nothing.
     cache: folder where indices are kept; None: the user's cache folder; "none": nowhere.
     timm_cfg: take mean, std, crop_pct, interpolation and image_size from the checkpoint of this
@@ -76,7 +79,7 @@ class ImageFolderOptions(VisionDataOptions):
     crop_pct: float = 0.875
     mean: list[float] | None = None
     std: list[float] | None = None
-    val: Literal["folder", "split"] = "folder"
+    val: Literal["folder", "split", "only"] = "folder"
     val_fraction: float = 0.1
     test_fraction: float = 0.1
     on_error: Literal["fail", "skip"] = "fail"
@@ -192,9 +195,15 @@ class FolderSplit:
         print(f"warning: data={self.name}: {text}", file=sys.stderr, flush=True)
 
 
+def layout_of(options: ImageFolderOptions, *, name: str) -> Layout:
+    """The folders that the options name."""
+    find = val_layout if options.val == "only" else find_layout
+    return find(options.root, name=name)
+
+
 def build_image_folder(options: ImageFolderOptions, *, seed: int) -> Splits:
     """The splits of any tree of class folders. Raises ConfigError for what is not one."""
-    layout = find_layout(options.root, name="image_folder")
+    layout = layout_of(options, name="image_folder")
     return build(layout, options, name="image_folder", seed=seed)
 
 
@@ -203,7 +212,7 @@ def build_imagenet(options: ImageFolderOptions, *, seed: int) -> Splits:
 
     Raises ConfigError for another set of class folders: published weights need this order.
     """
-    layout = find_layout(options.root, name="imagenet")
+    layout = layout_of(options, name="imagenet")
     if layout.whole or layout.val is None:
         raise ConfigError(
             f"data=imagenet: {shown(str(layout.train))} must hold train and val, each with the "
@@ -267,6 +276,10 @@ def divide(
     """Which index, and which places of it, each split has, with notes for the user."""
     train, val, test = indices["train"], indices.get("val"), indices.get("test")
     parts: dict[str, tuple[Index, Places | None]]
+    if options.val == "only":
+        parts = {"train": (train, np.empty(0, np.int64)), "val": (train, None)}
+        parts["test"] = parts["val"]
+        return parts, [f"validation and test are {shown(train.root)}; there is nothing to train on"]
     if val is not None and (test is not None or options.val == "folder"):
         parts = {
             "train": (train, None),
@@ -344,10 +357,10 @@ def describe(
     published = name == "imagenet"
     notes = list(notes)
     for split, wanted in IMAGENET_SIZES.items() if published else ():
-        if len(indices[split]) != wanted:
+        index = indices[split]
+        if len(index) != wanted and sizes["train"] + (split == "val"):
             notes.append(
-                f"{shown(indices[split].root)} has {len(indices[split]):,} images, the published "
-                f"set {wanted:,}"
+                f"{shown(index.root)} has {len(index):,} images, the published set {wanted:,}"
             )
     together = "".join(f"{split} {index.sha256}\n" for split, index in indices.items())
     return DataInfo(

@@ -55,11 +55,24 @@ def find_layout(root: str | None, *, name: str) -> Layout:
     if named and named != ["train"]:  # alone and without folders in it, train is a class
         raise ConfigError(
             f"data={name}: {shown(root)} has {listed(named)} but no train folder; {EXPECTED}"
+            + "; to evaluate= on val alone, set data.val=only" * ("test" not in named)
         )
     deeper = top / "ILSVRC" / "Data" / "CLS-LOC"  # of the archive for ImageNet's competition
     if deeper.is_dir():
         raise ConfigError(f"data={name}: set data.root={shown(str(deeper))}, where train lies")
     return Layout(top, whole=True)
+
+
+def val_layout(root: str | None, *, name: str) -> Layout:
+    """The val folder in `root`, or `root` itself, with nothing to train on. Raises ConfigError."""
+    if root is None:
+        raise ConfigError(f"data={name} needs data.root=FOLDER: {EXPECTED}")
+    top = Path(root).expanduser()
+    folders = subfolders(top, name=name)
+    val = next((top / folder for folder in VAL_NAMES if folder in folders), top)
+    if not subfolders(val, name=name):
+        raise no_class_folders(val, name)
+    return Layout(val, val)
 
 
 def split_layout(top: Path, folders: Sequence[str], *, name: str) -> Layout:

@@ -50,7 +50,7 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
             "layer_scale": 0.5,
             "init": "torch",
         },
-        "timm": {"timm_name": "test_resnet"},
+        "timm": {"timm_name": "test_efficientnet"},
     }
 }
 BATCH = 16

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -161,11 +162,26 @@ def test_published_weights_are_evaluated_as_timm_does(
     Path("config.json").write_text(json.dumps(config))
     data = ["data=image_folder", "data.root=photos", "data.timm_cfg=config.json"]
     tokens = ["evaluate=w.safetensors", *ours, *data, "norm=layernorm", "trainer.accelerator=cpu"]
-    assert main([*tokens, "data.batch_size=8"]) == 0
-    found = evaluated(capsys)
-    assert found["test/acc"] == pytest.approx(timm_accuracy(model, root, PREPROCESSING))
-    assert found["test/count"] == 24
+    expected = timm_accuracy(model, root, PREPROCESSING)
+    for place in ([], ["data.root=photos/val", "data.val=only"]):
+        assert main([*tokens, "data.eval_batch_size=8", *place]) == 0
+        found = evaluated(capsys)
+        assert found["test/acc"] == pytest.approx(expected)
+        assert found["test/count"] == 24
     assert not Path("runs").exists()
+
+
+def test_a_val_folder_alone_can_be_evaluated_and_not_trained(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = write_tree(Path("photos"))
+    tokens = [*SHORT, f"data.root={root}", "run.dir=a"]
+    assert main([*tokens, "data.val=only"]) == 2
+    assert "there is nothing to train on" in one_line(capsys)
+    shutil.rmtree(root / "train")
+    assert main(tokens) == 2
+    assert "set data.val=only" in one_line(capsys)
+    assert not Path("a").exists()
 
 
 @pytest.mark.parametrize(
