@@ -156,6 +156,8 @@ def read_weights(
         raise ConfigError(f"{where}: these are not weights of this model: {listed}{hint}")
     model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=not across_norms)
     notes = [f"loaded {len(state) - len(foreign)} tensors from {file}"]
+    if identity is None:
+        notes.append(f"the file does not say its norm; it is taken as norm={norm['name']}")
     if across_norms:
         notes.append(
             f"across norms: {few(absent) or 'no parameter'} kept the initial value, "

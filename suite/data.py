@@ -259,22 +259,23 @@ class SuiteDataModule(L.LightningDataModule):
             self.unreadable[split].update(batch["sample_id"][bad].tolist())
         return batch
 
-    def unreadable_files(self) -> dict[str, dict[str, Any]]:
-        """By split, how many files could not be read, over all processes, and the first ten.
-
-        Every process has to call it.
-        """
-        found: dict[str, dict[str, Any]] = {}
+    def gather_unreadable(self) -> None:
+        """Let every process know what any could not read; every one has to call it."""
+        if not (self.skips and dist.is_available() and dist.is_initialized()):
+            return
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, self.unreadable)
         for split, ids in self.unreadable.items():
-            everyone: list[set[int] | None] = [ids]
-            if dist.is_available() and dist.is_initialized():
-                everyone = [None] * dist.get_world_size()
-                dist.all_gather_object(everyone, ids)
-            together = sorted(set().union(*(one or set() for one in everyone)))
-            if together:
+            ids.update(*(theirs[split] for theirs in everyone))
+
+    def unreadable_files(self) -> dict[str, dict[str, Any]]:
+        """By split, how many files this process knows to be unreadable, and the first ten."""
+        found = {}
+        for split, ids in self.unreadable.items():
+            if ids:
                 path_of = getattr(self.splits, split).path_of
-                first = [str(path_of(index)) for index in together[:10]]
-                found[split] = {"count": len(together), "files": first}
+                first = [str(path_of(index)) for index in sorted(ids)[:10]]
+                found[str(split)] = {"count": len(ids), "files": first}
         return found
 
     @property

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
-from suite.data import DataInfo, Split, batches_done
-from suite.errors import ConfigError
+from suite.data import DataInfo, Split, SuiteDataModule, batches_done
+from suite.errors import ConfigError, DataError
 from suite.norms import calibrate, check_compatible, norm_modules
 from suite.optim import build_optimizer, schedule, warmup_steps
 from suite.randomness import derive
@@ -257,6 +257,8 @@ class SuiteModule(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         self._flush(self.trainer.global_step)
+        if self.batch is not None and not self.epoch_totals["_count"]:
+            raise DataError("no training example of this epoch could be read: see the warnings")
         self._end_of_epoch_loss()
 
     def _end_of_epoch_loss(self) -> None:
@@ -363,6 +365,10 @@ class SuiteModule(L.LightningModule):
         held = self.window.totals(self.device, keep=True)  # every rank saves, rank 0 writes
         so_far = {k: v + held.get(k, 0.0) for k, v in self.epoch_totals.items()}
         checkpoint["suite_loss"] = {"epoch": so_far, "train": self.train_loss}
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        if isinstance(data, SuiteDataModule) and data.skips:
+            data.gather_unreadable()
+            checkpoint["suite_unreadable"] = {s: sorted(i) for s, i in data.unreadable.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get("suite")
@@ -374,6 +380,8 @@ class SuiteModule(L.LightningModule):
             check_compatible(saved["norm"], self.identity["norm"])
         except ValueError as error:
             raise ConfigError(str(error)) from error
+        for split, ids in checkpoint.get("suite_unreadable", {}).items():
+            self.trainer.datamodule.unreadable[split].update(ids)  # type: ignore[attr-defined]
         losses = checkpoint.get("suite_loss", {"epoch": self.epoch_totals, "train": None})
         self.epoch_totals, self.train_loss = dict(losses["epoch"]), losses["train"]
         if checkpoint["global_step"] % self.steps_per_epoch == 0:

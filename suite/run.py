@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,7 +62,6 @@ class Record:
     command: str
     started: float
     test: Mapping[str, float]
-    unreadable: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, status: str, error: str | None = None) -> dict[str, Any] | None:
         """Write result.json (rank 0 only) and return it."""
@@ -91,7 +90,7 @@ class Record:
                 "sha256": info.sha256,
                 "synthetic": info.synthetic,
                 "sizes": dict(info.sizes),
-                "unreadable": self.unreadable,
+                "unreadable": self.parts.data.unreadable_files(),
             },
             "norm": config.norm_name,
             "norm_options": to_dict(config)["norm"],
@@ -157,10 +156,7 @@ def follow(record: Record, resume: Path | None) -> None:
         fit(parts, trainer, resume)
         validate_the_end(parts, trainer)
         record.test = test(parts, trainer, record.folder)
-        record.unreadable = parts.data.unreadable_files()
-        for split, found in record.unreadable.items():
-            count, first = found["count"], found["files"][0]
-            say(f"note: {count} unreadable files of {split} were left out, such as {first}")
+        tell_unreadable(parts)
     except DivergedError as error:
         record.write("diverged", str(error))
         raise
@@ -173,6 +169,14 @@ def follow(record: Record, resume: Path | None) -> None:
     except BaseException as error:
         record.write("failed", f"{type(error).__name__}: {error}")
         raise
+
+
+def tell_unreadable(parts: Parts) -> None:
+    """Count over all processes what could not be read, and say it."""
+    parts.data.gather_unreadable()
+    for split, found in parts.data.unreadable_files().items():
+        count, first = found["count"], found["files"][0]
+        say(f"note: {count} unreadable files of {split} were left out, such as {first}")
 
 
 def fit(parts: Parts, trainer: L.Trainer, resume: Path | None) -> None:

@@ -90,12 +90,15 @@ def _run_config(key: str, run: str) -> Path | None:
     None for a file to evaluate that is not a run's: published weights, which the command line
     describes.
     """
-    path = Path(run)
+    path = Path(run).expanduser()
     if not path.exists():
         raise ConfigError(
             f"{key}={run}: no such run; give a run's folder or one of its checkpoints"
         )
-    for folder in (path, path.parent, path.parent.parent):
+    # a file's own folder may hold somebody else's config.yaml
+    above = [path, path.parent] if path.is_dir() else []
+    above += [path.parent.parent] if path.parent.name == "checkpoints" else []
+    for folder in above:
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
     if key == "evaluate" and path.is_file():

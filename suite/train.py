@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for note in loaded.notes:
             say(f"note: {note}")
         if loaded.text:
-            print(loaded.text)
+            show(loaded.text)
             return 0
         command = shlex.join(["python", "-m", "suite.train", *tokens])
         return act(loaded.action, loaded.settled, command=command)
@@ -69,6 +69,14 @@ def act(action: str, config: Config, *, command: str) -> int:
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
         )
         return 1
+
+
+def show(text: str) -> None:
+    """A text on stdout; whoever reads it, such as head, may stop before its end."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def say(text: str, **kwargs: Any) -> None:

@@ -24,7 +24,7 @@ from suite.checkpoint import find_checkpoint, read_weights
 from suite.config import Config, check_devices
 from suite.folder import choose_folder
 from suite.metrics import is_main_process, plain
-from suite.run import fit, initialise, introduce, measured
+from suite.run import fit, initialise, introduce, measured, tell_unreadable
 from suite.train import say
 
 
@@ -44,8 +44,11 @@ def evaluate(config: Config) -> int:
     measure = trainer.validate if split == "val" else trainer.test
     with Children(trainer):
         measure(parts.module, datamodule=parts.data, verbose=False)
+        tell_unreadable(parts)
     if is_main_process():
-        found = {"checkpoint": str(file), "split": split, **measured(trainer, split)}
+        unreadable = parts.data.unreadable_files()
+        head = {"checkpoint": str(file), "split": split, "unreadable": unreadable}
+        found = {**head, **measured(trainer, split)}
         print(json.dumps(plain(found), indent=2))
     return 0
 

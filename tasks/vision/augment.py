@@ -65,8 +65,8 @@ class VisionDataOptions(DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.crop_pad < 1:
-            raise ValueError(f"crop_pad must be at least 1, got {self.crop_pad}")
+        if not 1 <= self.crop_pad <= 256:
+            raise ValueError(f"crop_pad must be from 1 to 256, got {self.crop_pad}")
         if not 0 < self.crop_scale_min <= 1:
             raise ValueError(
                 f"crop_scale_min must be above 0, 1 at most, got {self.crop_scale_min}"
@@ -307,11 +307,11 @@ def erase(pixels: Tensor, box: Box | None, noise: torch.Generator) -> None:
 
 def cut_box(height: int, width: int, lam: float, *, y: int, x: int) -> Box:
     """(top, bottom, left, right) of CutMix's box around (y, x): a share of 1 - lam of the image,
-    less what hangs over the edge."""
+    less what hangs over the edge. Odd sides lose a pixel, as in timm when the recipes ran."""
     h, w = int(height * math.sqrt(1 - lam)), int(width * math.sqrt(1 - lam))
     return (
         max(0, y - h // 2),
-        min(height, y + (h + 1) // 2),
+        min(height, y + h // 2),
         max(0, x - w // 2),
-        min(width, x + (w + 1) // 2),
+        min(width, x + w // 2),
     )

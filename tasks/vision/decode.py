@@ -29,6 +29,17 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
+class ReadError(Exception):
+    """A file that the disk or the system does not give: that is no matter of one image."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{shown(self.path)} cannot be read ({self.reason})"
+
+
 class DecodeError(Exception):
     """A file that is no image, or a damaged one. path: of the file; reason: a few words."""
 
@@ -41,19 +52,21 @@ class DecodeError(Exception):
 
 
 def open_image(path: str | os.PathLike[str]) -> Any:
-    """The image in a file, mode RGB, all of it decoded. Raises DecodeError."""
+    """The image in a file, mode RGB, all of it decoded. Raises DecodeError and ReadError."""
     from PIL import Image, UnidentifiedImageError
 
-    content: bytes | None = None
     try:
         content = Path(path).read_bytes()
+    except OSError as error:
+        raise ReadError(os.fspath(path), error.strerror or str(error)) from None
+    try:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
             image.load()
             return to_rgb(image)
     except UnidentifiedImageError:
         reason = f"none of {', '.join(FORMATS)}" if content else "empty file"
-    except OSError as error:
-        reason = error.strerror or str(error)
+    except MemoryError:
+        raise
     except Exception as error:  # damaged files make PIL raise SyntaxError, struct.error and more
         reason = str(error) or type(error).__name__
     raise DecodeError(os.fspath(path), " ".join(reason.split()))

@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,7 +35,7 @@ from torch import Tensor
 from suite.data import DataInfo, Splits
 from suite.errors import ConfigError, DataError
 from tasks.vision.augment import Augment, EvalTransform, VisionDataOptions
-from tasks.vision.decode import DecodeError, open_image, shown
+from tasks.vision.decode import DecodeError, ReadError, open_image, shown
 from tasks.vision.index import Index, cache_folder, load_index
 from tasks.vision.layout import (
     Layout,
@@ -48,6 +48,7 @@ from tasks.vision.layout import (
 )
 from tasks.vision.pretrained import Preprocessing, preprocessing_of
 
+IMAGE_SIZE, CROP_PCT = 224, 0.875
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 SYNSETS_FILE = Path(__file__).parent / "assets" / "imagenet_synsets.txt"
@@ -61,8 +62,8 @@ Places = npt.NDArray[np.int64]
 class ImageFolderOptions(VisionDataOptions):
     """Settings of class folders.
 
-    root: the folder. image_size: side of what the model sees. crop_pct: in evaluation, the share of
-    the resized image's shortest side that is kept.
+    root: the folder. image_size: side of what the model sees; None: 224. crop_pct: in evaluation,
+    the share of the resized image's shortest side that is kept; None: 0.875.
     mean, std: three numbers, of pixels as shares of 255; None: ImageNet's.
     val: where validation comes from if there is a train folder: the val folder, or a share of
     train; only: there is no train folder, and weights can be evaluated, not trained.
@@ -75,8 +76,8 @@ class ImageFolderOptions(VisionDataOptions):
 
     crop: Literal["none", "pad", "resized"] = "resized"
     root: str | None = None
-    image_size: int = 224
-    crop_pct: float = 0.875
+    image_size: int | None = None
+    crop_pct: float | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
     val: Literal["folder", "split", "only"] = "folder"
@@ -88,9 +89,9 @@ class ImageFolderOptions(VisionDataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.image_size < 1:
+        if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {self.image_size}")
-        if not 0 < self.crop_pct <= 1:
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise ValueError(f"crop_pct must be above 0, 1 at most, got {self.crop_pct}")
         for name in ("val_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
@@ -174,6 +175,8 @@ class FolderSplit:
         """Sample i as the model sees it, [3, S, S]; None where it is to be skipped."""
         try:
             picture = open_image(self.path_of(i))
+        except ReadError as error:  # a disk that is gone must not pass for a million broken images
+            raise DataError(f"data={self.name}: {error}; nothing of this kind is skipped") from None
         except DecodeError as error:
             if not self.skips:
                 raise DataError(
@@ -246,6 +249,11 @@ def build(layout: Layout, options: ImageFolderOptions, *, name: str, seed: int) 
             check_classes(indices[split], name=name)
             check_same_classes(indices["train"], indices[split], name=name)
     parts, notes = divide(indices, layout, options, name=name)
+    if options.timm_cfg is not None:
+        notes.append(
+            f"preprocessing of {shown(options.timm_cfg)}: {made.image_size} pixels, crop_pct "
+            f"{made.crop_pct:g}, {made.interpolation}, mean {made.mean}, std {made.std}"
+        )
     splits = {
         split: FolderSplit(index, name=name, options=options, made=made, seed=seed, places=places)
         for split, (index, places) in parts.items()
@@ -326,21 +334,24 @@ def preprocessing(options: ImageFolderOptions) -> Preprocessing:
     Raises ConfigError where both speak and differ.
     """
     own = Preprocessing(
-        image_size=options.image_size,
-        crop_pct=options.crop_pct,
+        image_size=options.image_size or IMAGE_SIZE,
+        crop_pct=options.crop_pct or CROP_PCT,
         interpolation=options.interpolation,
         mean=tuple(options.mean or IMAGENET_MEAN),
         std=tuple(options.std or IMAGENET_STD),
     )
     if options.timm_cfg is None:
         return own
-    made, default = preprocessing_of(options.timm_cfg), preprocessing(type(options)())
-    for field in fields(Preprocessing):
-        said, theirs = getattr(own, field.name), getattr(made, field.name)
-        if said not in (theirs, getattr(default, field.name)):
+    made = preprocessing_of(options.timm_cfg)
+    given = {name for name in ("image_size", "crop_pct", "mean", "std") if getattr(options, name)}
+    if options.interpolation != type(options).interpolation:
+        given.add("interpolation")
+    for name in sorted(given):
+        said, theirs = getattr(own, name), getattr(made, name)
+        if said != theirs:
             raise ConfigError(
-                f"data.{field.name}={said}: data.timm_cfg={shown(options.timm_cfg)} says {theirs}; "
-                "leave one of the two out"
+                f"data.{name}={said}: data.timm_cfg={shown(options.timm_cfg)} says {theirs}; "
+                f"leave one of the two out, or set data.{name}=null where a file has it"
             )
     return made
 

@@ -2,9 +2,9 @@
 
 ImageNet has 1.28 million files: listing them takes minutes on a network disk, and a Python object
 for each takes memory in every worker. So an index is a few arrays, and it is kept in a file. That
-file is used only while every folder has the modification time that it had: adding, renaming or
-removing a file changes its folder's. Writing other content into a file of the same name does not;
-that is not noticed until the cache is removed.
+file is used only while every folder has the modification and change time that it had: adding,
+renaming or removing a file changes both, and no copying tool sets back the second. Writing other
+content into a file of the same name does not; that is not noticed until the cache is removed.
 
 Order: classes by name, files by folder and name: torchvision's ImageFolder. Names that begin with a
 dot are passed over (a desktop's thumbnails are no class).
@@ -31,7 +31,7 @@ import numpy.typing as npt
 from suite.errors import ConfigError
 from tasks.vision.decode import EXTENSIONS, shown
 
-VERSION = 1
+VERSION = 2
 SUFFIXES = tuple(suffix.encode() for suffix in EXTENSIONS)
 SETTLED_NS = 2_000_000_000  # a folder may change again within one tick of the file system's clock
 TALK_S = 2.0  # between two lines of progress
@@ -75,6 +75,7 @@ class Folder:
 
     path: bytes
     mtime_ns: int
+    ctime_ns: int
     identity: tuple[int, int]  # device and inode
     folders: list[bytes]
     files: list[tuple[bytes, int]]  # name and size
@@ -158,7 +159,8 @@ def read_folder(where: bytes, path: bytes) -> Folder:
                 files.append((entry.name, entry.stat().st_size))
             elif entry.is_dir():
                 folders.append(entry.name)
-    return Folder(path, status.st_mtime_ns, (status.st_dev, status.st_ino), folders, files)
+    times = (status.st_mtime_ns, status.st_ctime_ns)
+    return Folder(path, *times, (status.st_dev, status.st_ino), folders, files)
 
 
 class Progress:
@@ -214,7 +216,7 @@ def write_cache(file: Path, index: Index, folders: list[Folder]) -> None:
         "meta": np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8),
         "classes": joined(os.fsencode(name) for name in index.classes),
         "folders": joined(folder.path for folder in folders),
-        "times": np.array([folder.mtime_ns for folder in folders], dtype=np.int64),
+        "times": np.array([(f.mtime_ns, f.ctime_ns) for f in folders], dtype=np.int64),
         "labels": index.labels,
         "names": index.names,
         "ends": index.ends,
@@ -272,10 +274,10 @@ def consistent(ends: npt.NDArray[np.int64], names: npt.NDArray[np.uint8]) -> boo
 def unchanged(top: bytes, folders: Iterable[bytes], times: npt.NDArray[np.int64]) -> bool:
     """Whether every folder still has its modification time."""
     try:
-        found = [os.stat(os.path.join(top, folder)).st_mtime_ns for folder in folders]  # noqa: PTH116, PTH118
+        statuses = [os.stat(os.path.join(top, folder)) for folder in folders]  # noqa: PTH116, PTH118
     except OSError:
         return False
-    return found == times.tolist()
+    return [[s.st_mtime_ns, s.st_ctime_ns] for s in statuses] == times.tolist()
 
 
 def joined(names: Iterable[bytes]) -> npt.NDArray[np.uint8]:

@@ -168,6 +168,20 @@ def scans(monkeypatch):
     return found
 
 
+def test_a_folder_whose_time_was_set_back_is_read_again(tree, tmp_path, scans):
+    """As rsync -a and cp -a leave it: only the change time tells."""
+    age(tree)
+    build(tree, cache=str(tmp_path / "cache"))
+    first = paths(build(tree, cache=str(tmp_path / "cache")).train)
+    assert scans == ["train", "val"]
+    old = tree / "train" / "boot" / "0.jpg"
+    old.rename(old.with_name("7.jpg"))
+    age(tree)
+    again = paths(build(tree, cache=str(tmp_path / "cache")).train)
+    assert scans[2:] == ["train", "val"]
+    assert {Path(p).name for p in set(again) - set(first)} == {"7.jpg"}
+
+
 def test_a_second_start_reads_the_cache_and_gives_the_same_index(tree, tmp_path, scans):
     age(tree)
     first = build(tree, cache=str(tmp_path / "cache"))

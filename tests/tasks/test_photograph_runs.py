@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from photographs import write_tree
+from photographs import NAMES, write_tree
 from safetensors.torch import save_file
 from test_run import crash_at, main, one_line, result, weights
+
+from suite.errors import DataError
+from tasks.vision.folder import ImageFolderOptions, build_image_folder
 
 CONVNEXT = [
     "model=convnext_fmnist",
@@ -102,6 +105,39 @@ def test_with_skip_broken_files_are_counted_and_change_no_other_row(
     assert unreadable["val"]["count"] == 1
     assert found["metrics"]["val/count"] == 23
     assert "2 unreadable files of train were left out" in capsys.readouterr().err
+
+
+def test_what_could_not_be_read_is_known_after_a_crash_and_a_resume(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_tree(Path("photos"), broken=["train/bag/3.jpg", "val/coat/1.jpg"])
+    common = [*SHORT, "data.root=photos", "data.on_error=skip", "run.dir=cut"]
+    with monkeypatch.context() as patch:
+        crash_at(patch, 11)
+        assert main(common) == 1
+    assert result("cut")["data"]["unreadable"]["train"]["count"] == 1
+    assert main(["run.resume=cut", "trainer.max_steps=9"]) == 0
+    found = result("cut")["data"]["unreadable"]
+    assert {split: u["count"] for split, u in found.items()} == {"train": 1, "val": 1, "test": 1}
+
+
+def test_a_run_that_could_read_nothing_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"train/{name}/{k}.jpg" for name in NAMES for k in range(16)]
+    write_tree(Path("photos"), broken=names)
+    assert main([*SHORT, "data.root=photos", "data.on_error=skip", "run.dir=a"]) == 1
+    assert "no training example of this epoch could be read" in one_line(capsys)
+    assert result("a")["status"] == "failed"
+
+
+def test_a_file_that_is_gone_is_not_skipped() -> None:
+    """A disk that disappears must not pass for a set of broken images."""
+    root = write_tree(Path("photos"))
+    options = ImageFolderOptions(root=str(root), image_size=32, on_error="skip")
+    train = build_image_folder(options, seed=0).train
+    assert train.fetch([0, 1], epoch=0, train=True)["valid"].all()
+    Path(train.path_of(1)).unlink()
+    with pytest.raises(DataError, match=r"1\.jpg cannot be read \(No such file or directory\)"):
+        train.fetch([0, 1], epoch=0, train=True)
 
 
 def published(name: str, file: Path, **options: Any) -> torch.nn.Module:
