@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from photographs import write_tree
 
 import suite.build
+from suite.ema import WeightEMA
 from suite.norms import NORMS, make_norm
 from suite.train import main
 
@@ -80,6 +82,50 @@ def test_norms_on_the_gpu_equal_those_on_the_cpu(name: str, dtype: torch.dtype) 
     assert found.dtype == dtype
     rtol = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(found.float().cpu(), expected, rtol=rtol, atol=rtol)
+
+
+def test_the_average_of_the_weights_is_on_the_gpu_and_is_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+            (average,) = (c for c in trainer.callbacks if isinstance(c, WeightEMA))
+            seen.append({tensor.device.type for tensor in average.held.values()})
+
+    whole = suite.build.build_callbacks
+    monkeypatch.setattr("suite.run.build_callbacks", lambda *a, **k: [*whole(*a, **k), Look()])
+    assert main([*SHORT, "run.dir=a", "optim.ema_decay=0.9"]) == 0
+    assert seen[-1] == {"cuda"}
+    content = torch.load("a/checkpoints/best.ckpt", weights_only=True)
+    average, current = content["state_dict"], content["current_model_state"]
+    assert any(not torch.equal(average[k], current[k]) for k in average)
+
+
+@pytest.mark.parametrize("model", ["convnext_fmnist", "vit_fmnist"])
+def test_photographs_train_in_bf16_with_workers_and_pinned_batches(model: str) -> None:
+    write_tree(Path("photos"), train=32, broken=["train/bag/3.jpg"])
+    patch = ["model.patch_size=4", "model.image_size=32"] if model == "vit_fmnist" else []
+    tokens = [
+        f"model={model}",
+        "model.in_chans=3",
+        *patch,
+        "data=image_folder",
+        "data.root=photos",
+        "data.image_size=32",
+        "data.batch_size=16",
+        "data.num_workers=2",
+        "data.on_error=skip",
+        "data.mixup=0.8",
+        "data.cutmix=1.0",
+        "trainer.precision=bf16-mixed",
+        "run.dir=a",
+    ]
+    assert main([*SHORT, *tokens]) == 0
+    found = json.loads(Path("a/result.json").read_text())
+    assert found["data"]["unreadable"]["train"]["count"] == 1
+    assert found["loss"]["train"] < 2.0
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
