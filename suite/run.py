@@ -16,7 +16,6 @@ import lightning as L
 import torch.distributed as dist
 
 from suite.build import (
-    Children,
     Parts,
     audit_line,
     build_callbacks,
@@ -27,6 +26,7 @@ from suite.build import (
 )
 from suite.callbacks import PrimaryTracker, Throughput
 from suite.checkpoint import read_checkpoint
+from suite.children import Children
 from suite.config import (
     Config,
     check_devices,

@@ -95,11 +95,10 @@ def _run_config(key: str, run: str) -> Path | None:
         raise ConfigError(
             f"{key}={run}: no such run; give a run's folder or one of its checkpoints"
         )
-    # a file's own folder may hold somebody else's config.yaml
-    above = [path, path.parent] if path.is_dir() else []
-    above += [path.parent.parent] if path.parent.name == "checkpoints" else []
-    for folder in above:
-        if (folder / "config.yaml").is_file():
+    for folder in (path, path.parent, path.parent.parent):
+        # beside published weights may lie somebody else's config.yaml
+        ours = path.is_dir() or (folder / "checkpoints").is_dir()
+        if ours and (folder / "config.yaml").is_file():
             return folder / "config.yaml"
     if key == "evaluate" and path.is_file():
         return None

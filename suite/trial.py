@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 
 from suite.build import (
-    Children,
     build_callbacks,
     build_norm,
     build_parts,
@@ -21,6 +20,7 @@ from suite.build import (
     quiet,
 )
 from suite.checkpoint import find_checkpoint, read_weights
+from suite.children import Children
 from suite.config import Config, check_devices
 from suite.folder import choose_folder
 from suite.metrics import is_main_process, plain
