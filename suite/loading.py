@@ -47,12 +47,17 @@ class Round:
 
 @dataclass(frozen=True)
 class LoadTimes:
-    """What `measure` found. batches: of one timing; unit: what an example is."""
+    """What `measure` found. batches: of one timing; unit: what an example is.
+
+    start_s, again_s: until the data is known, at first and once more, when a cache may help.
+    """
 
     config: Config
     rounds: list[Round]
     batches: int
     unit: str
+    start_s: float
+    again_s: float
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -65,6 +70,8 @@ class LoadTimes:
             "batch_size": c.data.batch_size,
             "num_workers": c.data.num_workers,
             "batches": self.batches,
+            "start_s": self.start_s,
+            "again_s": self.again_s,
             "ratio": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
             "ours_per_s": statistics.median(r.ours for r in self.rounds),
             "plain_per_s": statistics.median(r.plain for r in self.rounds),
@@ -82,6 +89,7 @@ class LoadTimes:
         lines = {
             "loading": f"{d['task']} {d['data']}, batch {d['batch_size']}, "
             f"data.num_workers={d['num_workers']}",
+            "start": f"{self.start_s:.3f} s until the files are known, {self.again_s:.3f} s again",
             "ours": f"{d['ours_per_s']:.1f} {unit}/s",
             "plain": f"{d['plain_per_s']:.1f} {unit}/s",
             "ratio": f"{ratio['median']:.3f} of the plain loop's speed "
@@ -104,11 +112,14 @@ def measure(config: Config, *, rounds: int, images: int | None) -> LoadTimes:
             f"task={config.task_name}: has no plain loader that suite.bench loading could compare "
             f"with; choose task={DEFAULT_TASK}"
         )
+    starts = []
+    for _ in range(2):
+        start = time.perf_counter()
+        splits = build_data(config, spec)
+        starts.append(time.perf_counter() - start)
     sides: dict[str, Callable[[], Any]] = {
         "plain": lambda: plain_loader(data, seed=config.seed),
-        "ours": SuiteDataModule(
-            build_data(config, spec), options=data, seed=config.seed
-        ).train_dataloader,
+        "ours": SuiteDataModule(splits, options=data, seed=config.seed).train_dataloader,
     }
     workers = max(1, data.num_workers)
     available = min(len(make()) for make in sides.values()) - workers
@@ -128,7 +139,7 @@ def measure(config: Config, *, rounds: int, images: int | None) -> LoadTimes:
             f"{spec.unit}/s, ratio {done.ratio:.3f}"
         )
         found.append(done)
-    return LoadTimes(config, found, batches, spec.unit)
+    return LoadTimes(config, found, batches, spec.unit, *starts)
 
 
 def choose_batches(images: int | None, config: Config, *, available: int) -> int:

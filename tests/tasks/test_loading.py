@@ -163,11 +163,11 @@ def test_it_reports_both_speeds_and_their_ratio(
     assert captured.err.count("round ") == 5
 
 
-def test_the_text_is_four_lines(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_text_is_five_lines(tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench.main(tokens(tree, "images=4")) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["loading", "ours", "plain", "ratio"]
-    assert "median of 5 rounds of 4 images" in lines[3]
+    assert [line.split()[0] for line in lines] == ["loading", "start", "ours", "plain", "ratio"]
+    assert "median of 5 rounds of 4 images" in lines[4]
 
 
 def mistake(argv: list[str], capsys: pytest.CaptureFixture[str], *, code: int) -> str:
