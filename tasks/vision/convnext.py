@@ -23,6 +23,7 @@ from suite.errors import ConfigError
 from suite.layers import DropPath, Mlp, drop_path_schedule
 from suite.norms import NormFactory
 from suite.registry import Choice, ModelOptions
+from tasks.vision.shape import image_shape
 
 EPS = 1e-6  # what ConvNeXt was published with; a norm option overrides it
 INIT_STD = 0.02
@@ -273,12 +274,7 @@ def build_convnext(options: ConvNeXtOptions, *, norm: NormFactory, data: DataInf
 
 def check_images(options: ConvNeXtOptions, data: DataInfo) -> None:
     """Raise a ConfigError that says what to set unless the model takes the data's images."""
-    if data.classes is None or not {"image_size", "in_chans"} <= set(data.extra):
-        raise ConfigError(
-            f"data={data.name}: has no labelled images, which a ConvNeXt classifier needs. "
-            "Choose another data set"
-        )
-    size, chans = int(data.extra["image_size"]), int(data.extra["in_chans"])
+    _, size, chans = image_shape(data, model="a ConvNeXt classifier")
     changes = []
     if options.in_chans != chans:
         changes.append(f"model.in_chans={chans}")

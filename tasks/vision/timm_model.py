@@ -36,6 +36,7 @@ from suite.norms import (
 )
 from suite.norms.known import is_known
 from suite.registry import Choice, ModelOptions
+from tasks.vision.shape import image_shape
 
 
 @dataclass(frozen=True)
@@ -193,12 +194,7 @@ def _check_name(timm: ModuleType, name: str) -> None:
 
 def _images(options: TimmOptions, data: DataInfo) -> tuple[int, int]:
     """(image size, channels) of the data. Raises ConfigError if model.image_size is another."""
-    if data.classes is None or not {"image_size", "in_chans"} <= set(data.extra):
-        raise ConfigError(
-            f"data={data.name}: has no labelled images, which model=timm needs. "
-            "Choose another data set"
-        )
-    size, chans = int(data.extra["image_size"]), int(data.extra["in_chans"])
+    _, size, chans = image_shape(data, model="model=timm")
     if options.image_size not in (None, size):
         raise ConfigError(
             f"model.image_size={options.image_size}: data={data.name} has images of {size} x {size}"

@@ -23,6 +23,7 @@ from suite.errors import ConfigError
 from suite.layers import Attention, DropPath, Mlp, drop_path_schedule
 from suite.norms import NormFactory
 from suite.registry import Choice, ModelOptions
+from tasks.vision.shape import image_shape
 
 EPS = 1e-6  # what ViT was published with; a norm option overrides it
 POSITION_STD = 0.02
@@ -338,12 +339,7 @@ def build_vit(options: ViTOptions, *, norm: NormFactory, data: DataInfo) -> ViT:
 
 def check_images(options: ViTOptions, data: DataInfo) -> None:
     """Raise a ConfigError that says what to set unless the model takes the data's images."""
-    if data.classes is None or not {"image_size", "in_chans"} <= set(data.extra):
-        raise ConfigError(
-            f"data={data.name}: has no labelled images, which a ViT classifier needs. "
-            "Choose another data set"
-        )
-    size, chans = int(data.extra["image_size"]), int(data.extra["in_chans"])
+    _, size, chans = image_shape(data, model="a ViT classifier")
     if (options.image_size, options.in_chans) == (size, chans):
         return
     patch = options.patch_size
