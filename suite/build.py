@@ -113,7 +113,8 @@ def build_model(config: Config, spec: TaskSpec, factory: NormFactory, splits: Sp
             f"model={config.model_name} with norm={config.norm_name}: {error}"
         ) from error
     kept = [path for path, _ in getattr(model, "kept", ())]  # model.keep, as replace_norms took it
-    leftover = foreign_norms(model, factory, keep_sites=spec.keep_sites, keep=kept)
+    sites = kept_sites(config, spec)
+    leftover = foreign_norms(model, factory, keep_sites=sites, keep=kept)
     if leftover:
         listed = ", ".join(f"{path} ({kind})" for path, kind in leftover[:5])
         raise ConfigError(
@@ -125,6 +126,13 @@ def build_model(config: Config, spec: TaskSpec, factory: NormFactory, splits: Sp
             f"model={config.model_name}: has no norm that norm={config.norm_name} could be"
         )
     return model
+
+
+def kept_sites(config: Config, spec: TaskSpec) -> tuple[str, ...]:
+    """Sites that keep their published norm: the model's keep_sites where it has that, else the
+    task's.
+    """
+    return tuple(getattr(config.model, "keep_sites", spec.keep_sites))
 
 
 def build_parts(config: Config, *, processes: int) -> Parts:
@@ -164,7 +172,7 @@ def build_parts(config: Config, *, processes: int) -> Parts:
         optim=config.optim,
         identity=identity(config, factory),
         seed=config.seed,
-        nominal=config.data.batch_size // (processes * accumulate),
+        nominal=max(1, config.data.batch_size // (processes * accumulate)),
         steps_per_epoch=max(1, batches // accumulate),
         padded=not config.data.drop_last or data.skips,
     )
@@ -205,7 +213,7 @@ def audit_line(parts: Parts) -> str:
         f"{sum(sites.values())} {name} ({', '.join(f'{s} {n}' for s, n in sites.items())})"
         for name, sites in by_name.items()
     ]
-    kept = ", ".join(parts.spec.keep_sites) or "none"
+    kept = ", ".join(kept_sites(parts.config, parts.spec)) or "none"
     by_user = len(getattr(parts.module.model, "kept", ()))
     return f"{'; '.join(listed)}; sites kept: {kept}" + f", norms kept: {by_user}" * bool(by_user)
 

@@ -122,7 +122,12 @@ def read_weights(
     key: str,
     across_norms: bool = False,
 ) -> list[str]:
-    """Load `file` into `model`, strictly but for norms if across_norms. key: its name in errors."""
+    """Load `file` into `model`, strictly but for norms if across_norms. key: its name in errors.
+
+    A model may have adapt(state, *, whole) -> (state, notes): the tensors of other people's files,
+    or of another of its tasks, under its own names. whole: nothing may be left at its initial
+    value.
+    """
     where = f"{key}={file}"
     content = read_checkpoint(file)
     try:
@@ -133,6 +138,12 @@ def read_weights(
         try:
             check_compatible(identity["norm"], norm)
         except (ValueError, KeyError) as error:
+            raise ConfigError(f"{where}: {error}") from error
+    notes = []
+    if adapt := getattr(model, "adapt", None):
+        try:
+            state, notes = adapt(state, whole=key == "evaluate")
+        except ValueError as error:
             raise ConfigError(f"{where}: {error}") from error
     own = model.state_dict()
     of_norms = set(norm_parameters(model))
@@ -155,7 +166,7 @@ def read_weights(
         hint = f". {hint}" if hint else ""
         raise ConfigError(f"{where}: these are not weights of this model: {listed}{hint}")
     model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=not across_norms)
-    notes = [f"loaded {len(state) - len(foreign)} tensors from {file}"]
+    notes = [f"loaded {len(state) - len(foreign)} tensors from {file}", *notes]
     if identity is None:
         notes.append(f"the file does not say its norm; it is taken as norm={norm['name']}")
     if across_norms:

@@ -69,6 +69,8 @@ def _check_batch(config: Config, processes: int) -> None:
     accumulate = config.trainer.accumulate_grad_batches
     parts = processes * accumulate
     batch = getattr(config.data, "batch_size", None)
+    if getattr(config.data, "by_length", False):
+        return  # as many examples as their length allows; suite.buckets deals them to all
     if batch is not None and batch % parts:
         low, high = batch // parts * parts, (batch // parts + 1) * parts
         nearest = f"{low} or {high}" if low else f"{high}"

@@ -11,7 +11,7 @@ Shapes: B examples of one rank's micro-batch, N examples of a split.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from suite.errors import ConfigError
-from suite.randomness import generator
+from suite.buckets import BucketEvalSampler, BucketSampler
+from suite.sampling import BatchAddress, EvalSampler, TrainSampler, address
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -76,6 +76,8 @@ class BatchDataset(Protocol):
 
     fetch may add "valid", bool [B], False for rows that could not be read: they then count for as
     little as padding does. A split whose fetch does so has `skips = True` and `path_of(index)`.
+    A split of examples that differ in length has `buckets`, a suite.buckets.LengthBuckets, which
+    then says what a batch holds, in training and in evaluation.
     """
 
     def __len__(self) -> int: ...
@@ -93,115 +95,17 @@ class Splits:
     info: DataInfo
 
 
-@dataclass(frozen=True)
-class BatchAddress:
-    """Which samples a batch holds. Rows from `valid` on are padding."""
-
-    indices: list[int]
-    valid: int
-    epoch: int
-
-
 def batches_done(trainer: L.Trainer) -> int:
     """Micro-batches that this run has trained on, over all its interruptions."""
     total: Any = trainer.fit_loop.epoch_loop.batch_progress.total
     return int(total.processed)
 
 
-class TrainSampler(Sampler[BatchAddress]):
-    """This rank's micro-batches, from wherever `position` says that training stands.
-
-    Global micro-batch j of an epoch is the j-th slice of the epoch's permutation, and rank r takes
-    the r-th part of it: one process with batch B sees the samples that two see with B/2 each.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        *,
-        batch_size: int,
-        accumulate: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        drop_last: bool,
-        limit: int | float | None,
-        position: Callable[[], int],
-    ) -> None:
-        if size == 0:
-            raise ConfigError(
-                "data: there is nothing to train on; it can only be evaluated, with evaluate=FILE"
-            )
-        if drop_last and size < batch_size:
-            raise ConfigError(
-                f"data.batch_size={batch_size}: the training split has only {size} examples. "
-                f"Take a batch of at most {size}, or data.drop_last=false"
-            )
-        self.size, self.seed, self.position = size, seed, position
-        self.rank, self.local = rank, batch_size // (world_size * accumulate)
-        self.batch = self.local * world_size
-        steps = size // batch_size if drop_last else -(-size // batch_size)
-        self.batches = limited(steps * accumulate, limit, multiple=accumulate)
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[BatchAddress]:
-        """As many batches as an epoch has, from where training stands, over the epoch's end if
-        need be.
-
-        Lightning counts a run that ended in mid-epoch as a whole epoch; the stream goes on
-        regardless.
-        """
-        start, epoch = self.position(), -1
-        for position in range(start, start + self.batches):
-            if position // self.batches != epoch:
-                epoch = position // self.batches
-                order = torch.randperm(self.size, generator=generator(self.seed, "order", epoch))
-            first = position % self.batches * self.batch + self.rank * self.local
-            indices = order[first : first + self.local].tolist()
-            yield address(indices, size=self.local, epoch=epoch)
-
-
-class EvalSampler(Sampler[BatchAddress]):
-    """This rank's evaluation batches in order, padded so that all ranks take equal steps."""
-
-    def __init__(
-        self, size: int, *, batch_size: int, rank: int, world_size: int, limit: int | float | None
-    ) -> None:
-        self.size, self.rank = size, rank
-        self.local = max(1, -(-batch_size // world_size))
-        self.batch = self.local * world_size
-        self.batches = limited(-(-size // self.batch), limit, multiple=1)
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[BatchAddress]:
-        for j in range(self.batches):
-            start = j * self.batch + self.rank * self.local
-            stop = min(start + self.local, self.size)
-            yield address(list(range(start, stop)), size=self.local, epoch=0)
-
-
-def address(indices: list[int], *, size: int, epoch: int) -> BatchAddress:
-    """Pad `indices` to `size` with its first sample (or sample 0); note how many are real."""
-    filler = indices[0] if indices else 0
-    return BatchAddress(indices + [filler] * (size - len(indices)), len(indices), epoch)
-
-
-def limited(batches: int, limit: int | float | None, *, multiple: int) -> int:
-    """Lightning's limit_*_batches: an int is a number of batches, a float a share of them."""
-    if limit is None or (isinstance(limit, float) and limit == 1.0):
-        return batches
-    wanted = int(batches * limit) if isinstance(limit, float) else min(batches, limit)
-    if limit == 0:
-        return 0
-    return min(batches, max(multiple, wanted - wanted % multiple))
-
-
 class AddressedDataset(Dataset[dict[str, Tensor]]):
-    """Turns an address into the batch's dict, with `sample_id` and `valid` added."""
+    """Turns an address into the batch's dict, with `sample_id`, `epoch` and `valid` added.
+
+    epoch: [B], 0 in evaluation, so that what a step draws is a function of (seed, epoch, sample).
+    """
 
     def __init__(self, split: BatchDataset, *, train: bool) -> None:
         self.split, self.train = split, train
@@ -212,6 +116,7 @@ class AddressedDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, where: BatchAddress) -> dict[str, Tensor]:
         batch = self.split.fetch(where.indices, epoch=where.epoch, train=self.train)
         batch["sample_id"] = torch.tensor(where.indices)
+        batch["epoch"] = torch.full((len(where.indices),), where.epoch)
         # bool: sums of it are exact in any precision (bf16-true would make floats bfloat16)
         valid = torch.arange(len(where.indices)) < where.valid
         if (readable := batch.pop("valid", None)) is not None:
@@ -299,8 +204,18 @@ class SuiteDataModule(L.LightningDataModule):
             generator=torch.Generator(),  # its own: the loader must not draw from the global one
         )
 
-    def train_sampler(self, *, rank: int, world_size: int) -> TrainSampler:
+    def train_sampler(self, *, rank: int, world_size: int) -> TrainSampler | BucketSampler:
         """The sampler of one process. Raises ConfigError if the data has not one whole batch."""
+        buckets = getattr(self.splits.train, "buckets", None)
+        if buckets is not None:
+            return BucketSampler(
+                buckets,
+                accumulate=self.accumulate,
+                rank=rank,
+                world_size=world_size,
+                limit=self.limits.get("train"),
+                position=self._position,
+            )
         return TrainSampler(
             len(self.splits.train),
             batch_size=self.options.batch_size,
@@ -319,16 +234,13 @@ class SuiteDataModule(L.LightningDataModule):
 
     def _eval_dataloader(self, split: Split) -> DataLoader[Any]:
         rank, world_size = self._place
-        return self._loader(
-            split,
-            EvalSampler(
-                len(getattr(self.splits, split)),
-                batch_size=self.options.eval_batch_size or self.options.batch_size,
-                rank=rank,
-                world_size=world_size,
-                limit=self.limits.get(split),
-            ),
-        )
+        place: Any = {"rank": rank, "world_size": world_size, "limit": self.limits.get(split)}
+        chosen = getattr(self.splits, split)
+        buckets = getattr(chosen, "buckets", None)
+        if buckets is not None:
+            return self._loader(split, BucketEvalSampler(buckets, **place))
+        size = self.options.eval_batch_size or self.options.batch_size
+        return self._loader(split, EvalSampler(len(chosen), batch_size=size, **place))
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._eval_dataloader("val")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -24,61 +23,13 @@ from suite.errors import ConfigError, DataError
 from suite.norms import calibrate, check_compatible, norm_modules
 from suite.optim import build_optimizer, schedule, warmup_steps
 from suite.randomness import derive
+from suite.ranks import world_size
+from suite.sums import Number, StepOutput, Sums, means
 
 if TYPE_CHECKING:
     from suite.settings import OptimConfig
 
 Batch = dict[str, Tensor]
-Number = Tensor | float | int
-
-
-@dataclass
-class StepOutput:
-    """What one batch gives.
-
-    loss_sum: 0-dim, the loss summed over `count` items, with gradient. count: items of this batch.
-    logs: further sums over the same items, logged as means. metric_inputs: keyword arguments of the
-    task's metrics, of valid rows only. units: how many of the task's unit the batch holds (None:
-    count).
-    """
-
-    loss_sum: Tensor
-    count: Number
-    logs: Mapping[str, Tensor] = field(default_factory=dict)
-    metric_inputs: Mapping[str, Any] = field(default_factory=dict)
-    units: Number | None = None
-
-
-class Sums:
-    """Named sums that stay on the device until they are read, once for all of them."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Number] = {}
-
-    def add(self, out: StepOutput) -> None:
-        """Add a batch's loss, count, units and logs."""
-        units = out.count if out.units is None else out.units
-        for name, value in (("loss", out.loss_sum), ("_count", out.count), ("_units", units)):
-            self._add(name, value)
-        for name, value in out.logs.items():
-            self._add(name, value)
-
-    def _add(self, name: str, value: Number) -> None:
-        value = value.detach() if isinstance(value, Tensor) else value
-        held = self.values.get(name)
-        self.values[name] = value if held is None else held + value
-
-    def totals(self, device: torch.device, *, keep: bool = False) -> dict[str, float]:
-        """Sums over all ranks, read in one transfer. Clears unless they are to be kept."""
-        names, values = list(self.values), list(self.values.values())
-        self.values = self.values if keep else {}
-        if not names:
-            return {}
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        packed = torch.stack([torch.as_tensor(v, device=device, dtype=wide) for v in values])
-        if world_size() > 1:
-            dist.all_reduce(packed)
-        return dict(zip(names, packed.tolist(), strict=True))
 
 
 class Observer:
@@ -91,11 +42,6 @@ class Observer:
         """Before a window of steps is logged. values: what will be logged, to be added to."""
 
 
-def world_size() -> int:
-    """Processes that take part in this training."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
 def total_norm(grads: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, 0-dim; a whole tensor where they are sharded.
 
@@ -105,12 +51,6 @@ def total_norm(grads: list[Tensor]) -> Tensor:
         return torch.zeros(())
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-
-
-def means(totals: Mapping[str, float]) -> dict[str, float]:
-    """Sums to means over `_count`."""
-    count = max(totals.get("_count", 0.0), 1e-12)
-    return {k: v / count for k, v in totals.items() if not k.startswith("_")}
 
 
 class SuiteModule(L.LightningModule):
@@ -185,6 +125,26 @@ class SuiteModule(L.LightningModule):
         """
         return calibrate(self.model, lambda: self.step(batch, "val"))
 
+    def frozen(self) -> Iterable[nn.Parameter]:
+        """Parameters that this update leaves alone, though the backward pass reaches them.
+
+        Their gradient is thrown away after the all-reduce, so that neither moments nor weight decay
+        move them.
+        """
+        return ()
+
+    def window_metrics(self) -> dict[str, float]:
+        """What is logged of a window of training besides means; every process calls it."""
+        return {}
+
+    def after_evaluation(self, split: Split, values: dict[str, float]) -> None:
+        """With the metrics of a whole split, the same on every process; may add to `values`."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps that were taken; 0 outside a trainer."""
+        return 0 if self._trainer is None else int(self._trainer.global_step)
+
     # -- training -------------------------------------------------------------------------------
 
     def on_fit_start(self) -> None:
@@ -218,6 +178,8 @@ class SuiteModule(L.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Gradients of the exact global mean, their norm, and clipping, in one pass over them."""
+        for parameter in self.frozen():
+            parameter.grad = None
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
         self._lr = optimizer.param_groups[0]["lr"]
         scale = self._exact_scale()
@@ -278,6 +240,7 @@ class SuiteModule(L.LightningModule):
         if self._grad_norm is not None:
             values["grad_norm"] = float(self._grad_norm)
             values["lr"] = self._lr
+        values.update({f"train/{k}": v for k, v in self.window_metrics().items()})
         for observer in self.observers:
             observer.on_window(self, values, totals["_units"])
         self.latest = values
@@ -353,6 +316,7 @@ class SuiteModule(L.LightningModule):
         if len(collection):
             values.update({k: float(v) for k, v in collection.compute().items()})
             collection.reset()
+        self.after_evaluation(split, values)
         tensors = {k: torch.tensor(v, dtype=torch.float32) for k, v in values.items()}
         self.log_dict(tensors, logger=False)  # for checkpoints and callbacks
         if not self.trainer.sanity_checking:

@@ -48,12 +48,14 @@ def parameter_groups(
     *,
     weight_decay: float,
     decay_norm: bool,
+    decay_bias: bool = False,
     lr: float,
     layer_decay: float | None = None,
 ) -> list[dict[str, Any]]:
     """Two groups, decayed and not, of each learning rate; the first has the highest rate.
 
-    decay_norm: decay alpha, shift, weight and bias of norms too. lr: that of the last layer.
+    decay_norm: decay alpha, shift, weight and bias of norms too. decay_bias: and what else is not
+    decayed. lr: that of the last layer.
     """
     norms = set(norm_parameters(model))
     exempt = set(getattr(model, "no_weight_decay", set)())
@@ -65,7 +67,7 @@ def parameter_groups(
         if name in norms:
             role_decays = decay_norm
         else:
-            role_decays = parameter.ndim > 1 and name not in exempt
+            role_decays = decay_bias or (parameter.ndim > 1 and name not in exempt)
         held.setdefault((scales.get(name, 1.0), role_decays), []).append(parameter)
     return [
         {"params": held[key], "weight_decay": weight_decay if key[1] else 0.0, "lr": lr * key[0]}
@@ -79,6 +81,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool) -> to
         model,
         weight_decay=config.weight_decay,
         decay_norm=config.decay_norm,
+        decay_bias=config.decay_bias,
         lr=config.lr,
         layer_decay=config.layer_decay,
     )
@@ -101,7 +104,8 @@ def warmup_steps(config: OptimConfig, *, total: int, per_epoch: int) -> int:
 def schedule(config: OptimConfig, *, total: int, warmup: int) -> Callable[[int], float]:
     """step -> factor of the learning rate, for steps 0 to total - 1.
 
-    The warm-up is linear: step k of it has factor (k + 1) / warmup, so that no step stands still.
+    The warm-up is linear from warmup_scale: step k of it is (k + 1) / warmup of the way, so that no
+    step stands still.
     """
     shapes: dict[str, Callable[[OptimConfig, int, int, int], float]] = {
         "cosine": cosine,
@@ -112,7 +116,9 @@ def schedule(config: OptimConfig, *, total: int, warmup: int) -> Callable[[int],
     shape = shapes[config.schedule]
 
     def factor(step: int) -> float:
-        return (step + 1) / warmup if step < warmup else shape(config, step, total, warmup)
+        if step >= warmup:
+            return shape(config, step, total, warmup)
+        return config.warmup_scale + (1 - config.warmup_scale) * (step + 1) / warmup
 
     return factor
 

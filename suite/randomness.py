@@ -8,6 +8,7 @@ flips and orders, and two norms are compared on the same task. The mixing functi
 
 from __future__ import annotations
 
+import math
 import zlib
 
 import numpy as np
@@ -59,3 +60,40 @@ def _mix_array(z: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed: np.ndarray = z ^ (z >> np.uint64(31))
     return mixed
+
+
+def sample_seeds(seed: int, stream: str, *keys: int, ids: Tensor, epoch: Tensor) -> Tensor:
+    """A seed for each example of an epoch, on the device of `ids`, without waiting for it.
+
+    ids, epoch: [B] integers. Returns int64 [B]; row i depends on (seed, stream, keys, epoch[i],
+    ids[i]) alone.
+    """
+    base = _signed(derive(seed, stream, *keys))
+    z = _mix_tensor(base + (epoch.long() + 1) * _signed(_GAMMA))
+    return _mix_tensor(z + (ids.long() + 1) * _signed(_GAMMA))
+
+
+def uniform_grid(seeds: Tensor, *sizes: int) -> Tensor:
+    """Uniform numbers inside (0, 1), a grid for each seed, counted and not drawn.
+
+    seeds: int64 [B]. Returns float32 [B, *sizes] of 23 bits, neither 0 nor 1, so that their
+    logarithm is finite; the same on every device.
+    """
+    count = math.prod(sizes)
+    counter = torch.arange(1, count + 1, device=seeds.device)
+    z = _mix_tensor(seeds[:, None] + counter * _signed(_GAMMA))
+    top = (z >> 41) & ((1 << 23) - 1)
+    return ((top.float() + 0.5) * 2.0**-23).view(len(seeds), *sizes)
+
+
+def _signed(z: int) -> int:
+    """A 64-bit number as the int64 that has its bits."""
+    z &= _MASK
+    return z - (1 << 64) if z >> 63 else z
+
+
+def _mix_tensor(z: Tensor) -> Tensor:
+    """splitmix64's function of int64, whose products wrap and whose shifts keep the sign."""
+    z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _signed(0x94D049BB133111EB)
+    return z ^ ((z >> 31) & ((1 << 33) - 1))

@@ -163,10 +163,12 @@ class OptimConfig:
 
     lr: the highest learning rate; min_lr: where cosine and polynomial end.
     warmup_steps, warmup_epochs, warmup_fraction: length of the linear warm-up, one of them at most.
+    warmup_scale: share of lr that the warm-up starts from.
     hold_fraction, decay_fraction, final_scale: tri_stage (wav2vec 2.0, arXiv 2006.11477): shares of
         all steps; decay_fraction=null is what remains; the end is final_scale * lr.
     power: exponent of the polynomial schedule.
     decay_norm: weight decay on norm parameters too, for every norm alike.
+    decay_bias: weight decay on biases and on what the model exempts, as fairseq has it.
     layer_decay: a layer's learning rate is this share of the next one's; the last layer's is lr.
     ema_decay: exponential moving average of the weights, which is then what is evaluated.
     fused: torch's fused optimizer; null leaves the choice to the suite.
@@ -183,12 +185,14 @@ class OptimConfig:
     warmup_steps: int | None = None
     warmup_epochs: float | None = None
     warmup_fraction: float | None = None
+    warmup_scale: float = 0.0
     min_lr: float = 0.0
     hold_fraction: float = 0.4
     decay_fraction: float | None = None
     final_scale: float = 0.05
     power: float = 1.0
     decay_norm: bool = False
+    decay_bias: bool = False
     layer_decay: float | None = None
     ema_decay: float | None = None
     fused: bool | None = None
@@ -198,6 +202,7 @@ class OptimConfig:
         _positive(self, "lr", "eps", "power")
         _at_least(self, 0, "weight_decay", "min_lr", "warmup_steps", "warmup_epochs")
         _share(self, "warmup_fraction", "hold_fraction", "decay_fraction", "final_scale")
+        _share(self, "warmup_scale")
         for field in ("beta1", "beta2", "momentum", "ema_decay"):
             value = getattr(self, field)
             if value is not None and not 0 <= value < 1:

@@ -8,19 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from suite.data import (
-    AddressedDataset,
-    BatchAddress,
-    DataInfo,
-    DataOptions,
-    EvalSampler,
-    Splits,
-    SuiteDataModule,
-    TrainSampler,
-    address,
-    limited,
-)
+from suite.data import AddressedDataset, DataInfo, DataOptions, Splits, SuiteDataModule
 from suite.errors import ConfigError
+from suite.sampling import BatchAddress, EvalSampler, TrainSampler, address, limited
 
 
 def sampler(size: int = 23, **kwargs: object) -> TrainSampler:

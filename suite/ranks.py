@@ -1,0 +1,36 @@
+"""Sums over all processes of a training that a task needs inside its step.
+
+A task whose loss is a mean writes no collective: `suite.module` makes the mean exact. A loss that
+is not a mean of examples, such as the entropy of codes over a batch, needs the sums themselves, and
+the gradient of what it computes from them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Processes that take part in this training."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def sums_over_ranks(*values: Tensor) -> list[Tensor]:
+    """Each tensor summed over all processes, in one collective, in the value's own dtype.
+
+    The gradient of a sum reaches this process's share of it alone: if every process differentiates
+    the same function of the sums, and the gradients of all are added, the result is the function's
+    gradient, with no collective in the backward pass. Every process has to call this.
+    """
+    if world_size() == 1:
+        return list(values)
+    with torch.no_grad():
+        packed = torch.cat([v.detach().double().flatten() for v in values])
+        dist.all_reduce(packed)
+    totals = packed.split([v.numel() for v in values])
+    return [
+        v + (total.view_as(v) - v.detach()).to(v.dtype)
+        for v, total in zip(values, totals, strict=True)
+    ]
