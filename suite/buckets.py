@@ -155,12 +155,28 @@ class BucketSampler(Sampler[BatchAddress]):
 
 
 class BucketEvalSampler(Sampler[BatchAddress]):
-    """This rank's evaluation batches, each dealt to all ranks."""
+    """This rank's evaluation batches, each dealt to all ranks.
+
+    accumulate: of training, whose step is so many batches: one of them is what memory holds.
+    """
 
     def __init__(
-        self, buckets: LengthBuckets, *, rank: int, world_size: int, limit: int | float | None
+        self,
+        buckets: LengthBuckets,
+        *,
+        accumulate: int = 1,
+        rank: int,
+        world_size: int,
+        limit: int | float | None,
     ) -> None:
         self.rank, self.world_size = rank, world_size
+        if accumulate > 1:
+            buckets = LengthBuckets(
+                buckets.lengths,
+                budget=buckets.budget / accumulate,
+                max_rows=-(-buckets.max_rows // accumulate),
+                seed=buckets.seed,
+            )
         found = buckets.in_order()
         self.batches = found[: limited(len(found), limit, multiple=1)]
 

@@ -238,7 +238,9 @@ class SuiteDataModule(L.LightningDataModule):
         chosen = getattr(self.splits, split)
         buckets = getattr(chosen, "buckets", None)
         if buckets is not None:
-            return self._loader(split, BucketEvalSampler(buckets, **place))
+            return self._loader(
+                split, BucketEvalSampler(buckets, accumulate=self.accumulate, **place)
+            )
         size = self.options.eval_batch_size or self.options.batch_size
         return self._loader(split, EvalSampler(len(chosen), batch_size=size, **place))
 

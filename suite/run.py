@@ -260,6 +260,7 @@ def introduce(parts: Parts, trainer: L.Trainer, folder: Path | None) -> None:
     count, of_norms = parameter_count(parts)
     sizes = " / ".join(f"{n:,}" for n in info.sizes.values())
     batch = config.data.batch_size
+    by_length = getattr(config.data, "batch_text", None)
     say(f"task   {config.task_name}   seed {config.seed}")
     say(f"model  {config.model_name}, {count:,} parameters ({of_norms:,} in norms)")
     say(f"norms  {audit_line(parts)}")
@@ -268,9 +269,10 @@ def introduce(parts: Parts, trainer: L.Trainer, folder: Path | None) -> None:
     say(f"data   {info.name}, {sizes} examples{', SYNTHETIC' if info.synthetic else ''}")
     device = type(trainer.accelerator).__name__.removesuffix("Accelerator")
     world, accumulate = trainer.world_size, trainer.accumulate_grad_batches
-    share = f" = {world} x {batch // (world * accumulate)}" if world * accumulate > 1 else ""
+    ways = world * accumulate
+    share = f" = {world} x {batch // ways}" if ways > 1 and not by_length else ""
     share += f" x {accumulate} accumulated" if accumulate > 1 else ""
-    say(f"where  {world} x {device}, {trainer.precision}, global batch {batch}{share}")
+    say(f"where  {world} x {device}, {trainer.precision}, global batch {by_length or batch}{share}")
     if folder is not None:
         say(f"run    {folder}")
     for note in (*parts.notes, *info.extra.get("notes", ())):

@@ -4,4 +4,4 @@ SPEC.
 Adding a task is a folder and one word here; nothing is imported until a task is chosen.
 """
 
-NAMES = ("vision/classify",)
+NAMES = ("vision/classify", "speech/pretrain", "speech/ctc")

@@ -109,6 +109,15 @@ def test_evaluation_counts_every_example_once_over_ranks() -> None:
     assert sorted(found) == list(range(101))
 
 
+def test_evaluation_takes_batches_that_an_accumulating_process_holds() -> None:
+    made = buckets()
+    parts = BucketEvalSampler(made, accumulate=4, rank=0, world_size=1, limit=None)
+    for a in parts:
+        held = made.lengths[a.indices]
+        assert len(held) == 1 or len(held) * held.max() <= made.budget / 4
+    assert sorted(i for a in parts for i in a.indices) == list(range(200))
+
+
 def test_too_many_processes_for_the_longest_example_are_refused() -> None:
     made = buckets()
     with pytest.raises(ConfigError, match="dealt to 8 processes"):
