@@ -165,16 +165,23 @@ class GroupNorm(_StatisticsNorm):
         return z.view(x.shape) if per_token else self._restore(z.movedim(1, -1))
 
     def _masked(self, x: Tensor, mask: Tensor) -> Tensor:
-        z = self._last(x).to(torch.promote_types(x.dtype, torch.float32))
-        valid = _valid(mask, z).unsqueeze(-1)
-        grouped = z.unflatten(-1, (self.groups, -1))
-        over = (*range(1, grouped.dim() - 2), grouped.dim() - 1)
-        count = (valid.sum(over, keepdim=True) * (self.dim // self.groups)).clamp(min=1)
-        mean = torch.where(valid, grouped, 0).sum(over, keepdim=True) / count
-        centred = grouped - mean
-        var = torch.where(valid, centred, 0).square().sum(over, keepdim=True) / count
-        z = (centred * torch.rsqrt(var + self.eps)).flatten(-2)
-        return self._restore(self._affine(z)).to(x.dtype)
+        """With channels in front, where the published uses have them: moments, one multiply-add."""
+        z = x if self.channels_first else x.movedim(-1, 1)
+        z = z.to(torch.promote_types(x.dtype, torch.float32))
+        around = mask.bool().reshape(*mask.shape, *[1] * (z.dim() - 1 - mask.dim()))
+        valid = around.expand(len(z), *z.shape[2:]).reshape(len(z), 1, 1, -1)
+        grouped = z.reshape(len(z), self.groups, self.dim // self.groups, -1)
+        count = (valid.sum((2, 3), keepdim=True) * (self.dim // self.groups)).clamp(min=1)
+        mean = torch.where(valid, grouped, 0).sum((2, 3), keepdim=True) / count
+        var = torch.where(valid, grouped - mean, 0).square().sum((2, 3), keepdim=True) / count
+        scale = torch.rsqrt(var + self.eps)
+        if self.weight is not None:
+            scale = scale * self.weight.view(1, self.groups, -1, 1)
+        offset = -mean * scale
+        if self.bias is not None:
+            offset = offset + self.bias.view(1, self.groups, -1, 1)
+        y = torch.addcmul(offset, grouped, scale).reshape(z.shape).to(x.dtype)
+        return y if self.channels_first else y.movedim(1, -1)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -258,7 +258,7 @@ PRETRAIN_MODELS = {
 }
 CTC_MODELS = {
     "wav2vec2_tiny": Choice(
-        CTCOptions(**TINY, dropout=0.05, activation_dropout=0.0, freeze_extractor=False),
+        CTCOptions(**TINY, dropout=0.1, activation_dropout=0.0, freeze_extractor=False),
         build_ctc,
         "0.4 M parameters, pre-norm, trained from scratch, for laptops",
     ),

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from suite import sources
 from suite import train as entry
+from suite.buckets import BucketSampler, LengthBuckets
 from suite.build import build_norm
 from suite.config import Config, diff, load, to_dict
 from suite.data import DataInfo
@@ -21,6 +24,11 @@ from suite.registry import load_task
 NORMS = ("layernorm", "dyt", "derf")
 MODELS = ("vit_base", "vit_large", "convnext_base", "convnext_large")
 NAMES = [f"{norm}_{model}_imagenet" for norm in NORMS for model in MODELS]
+SPEECH_SIZES = ("base", "large")
+HOURS = ("10h", "100h", "960h")
+PRETRAIN = [f"{n}_wav2vec2_{size}_librispeech" for n in NORMS for size in SPEECH_SIZES]
+CTC = [f"{n}_wav2vec2_{size}_ctc_{h}" for n in NORMS for size in SPEECH_SIZES for h in HOURS]
+SPEECH = PRETRAIN + CTC
 
 # The published code of DyT (arXiv 2503.10622) and Derf (arXiv 2512.10938), which share these.
 COMMON: dict[str, Any] = {
@@ -109,7 +117,150 @@ TOP1 = {
     "derf": {"vit_base": "82.8", "vit_large": "83.8"},
 }
 
+# fairseq 3d262bb25690, examples/wav2vec/config/pretraining: arXiv 2006.11477 as it was trained.
+PRETRAIN_COMMON: dict[str, Any] = {
+    "task.name": "speech/pretrain",
+    "task.mask_prob": 0.65,
+    "task.mask_length": 10,
+    "task.min_masks": 2,
+    "task.mask_equalise": "none",
+    "task.negatives": 100,
+    "task.logit_temperature": 0.1,
+    "task.diversity_weight": 0.1,
+    "task.penalty_weight": 10.0,
+    "task.temperature_start": 2.0,
+    "task.temperature_decay": 0.999995,
+    "model.extractor": "group_norm",
+    "model.conv_bias": False,
+    "model.keep_sites": ("stem", "embed"),
+    "model.dropout": 0.1,
+    "model.activation_dropout": 0.0,
+    "model.input_dropout": 0.1,
+    "model.feature_dropout": 0.1,
+    "model.feature_grad_mult": 0.1,
+    "model.codebooks": 2,
+    "model.codes": 320,
+    "model.pos_kernel": 128,
+    "model.pos_groups": 16,
+    "data.name": "librispeech",
+    "data.train": "train-clean-100,train-clean-360,train-other-500",
+    "data.val": "dev-clean,dev-other",
+    "data.min_seconds": 2.0,
+    "data.pad": False,
+    "data.normalize": False,
+    "optim.name": "adamw",
+    "optim.beta1": 0.9,
+    "optim.beta2": 0.98,
+    "optim.eps": 1e-6,
+    "optim.weight_decay": 0.01,
+    "optim.decay_norm": True,
+    "optim.decay_bias": True,
+    "optim.schedule": "polynomial",
+    "optim.power": 1.0,
+    "optim.min_lr": 0.0,
+    "optim.ema_decay": None,
+    "trainer.gradient_clip_val": None,
+}
+# The yaml file of Base, and that of Large in DyT's and Derf's code.
+PRETRAIN_OF_SIZE: dict[str, dict[str, Any]] = {
+    "base": {
+        "task.temperature_end": 0.5,
+        "model.attention_dropout": 0.1,
+        "model.layer_drop": 0.05,
+        "model.code_dim": 256,
+        "data.batch_seconds": 1_400_000 * 64 / 16_000,
+        "data.crop_seconds": 250_000 / 16_000,
+        "optim.lr": 5e-4,
+        "optim.warmup_steps": 32_000,
+        "trainer.max_steps": 400_000,
+    },
+    "large": {
+        "task.temperature_end": 0.1,
+        "model.attention_dropout": 0.0,
+        "model.layer_drop": 0.2,
+        "model.code_dim": 768,
+        "data.batch_seconds": 1_200_000 * 128 / 16_000,
+        "data.crop_seconds": 320_000 / 16_000,
+        "optim.lr": 3e-4,
+        "optim.warmup_steps": 20_000,
+        "trainer.max_steps": 250_000,
+    },
+}
+# examples/wav2vec/config/finetuning of the same.
+CTC_COMMON: dict[str, Any] = {
+    "task.name": "speech/ctc",
+    "task.mask_length": 10,
+    "task.mask_channel_length": 64,
+    "task.decoder": "greedy",
+    "model.extractor": "group_norm",
+    "model.keep_sites": ("stem", "embed"),
+    "model.dropout": 0.0,
+    "model.attention_dropout": 0.0,
+    "model.activation_dropout": 0.1,
+    "model.freeze_extractor": True,
+    "data.name": "librispeech",
+    "data.val": "dev-other",
+    "data.test": "test-other",
+    "data.crop_seconds": None,
+    "data.pad": True,
+    "data.normalize": False,
+    "optim.name": "adam",
+    "optim.beta1": 0.9,
+    "optim.beta2": 0.98,
+    "optim.eps": 1e-8,
+    "optim.weight_decay": 0.0,
+    "optim.schedule": "tri_stage",
+    "optim.warmup_fraction": 0.1,
+    "optim.warmup_scale": 0.01,
+    "optim.hold_fraction": 0.4,
+    "optim.decay_fraction": 0.5,
+    "optim.final_scale": 0.05,
+    "trainer.gradient_clip_val": None,
+    "trainer.precision": "bf16-mixed",
+}
+CTC_KEYS = (
+    "data.batch_seconds",
+    "trainer.max_steps",
+    "optim.lr",
+    "task.mask_prob",
+    "task.mask_channel_prob",
+    "model.layer_drop",
+    "task.freeze_updates",
+)
+CTC_OF: dict[tuple[str, str], tuple[float, ...]] = {  # the values of CTC_KEYS
+    ("base", "10h"): (2 * 4 * 200, 20_000, 5e-5, 0.65, 0.5, 0.05, 10_000),
+    ("base", "100h"): (2 * 4 * 200, 80_000, 3e-5, 0.65, 0.5, 0.1, 0),
+    ("base", "960h"): (8 * 200, 320_000, 1e-4, 0.5, 0.1, 0.1, 0),
+    ("large", "10h"): (4 * 5 * 80, 20_000, 1e-4, 0.75, 0.25, 0.1, 10_000),
+    ("large", "100h"): (4 * 5 * 80, 80_000, 3e-5, 0.5, 0.5, 0.1, 10_000),
+    ("large", "960h"): (24 * 80, 320_000, 3e-5, 0.5, 0.25, 0.1, 10_000),
+}
+CTC_TRAIN = {
+    "10h": "librispeech_finetuning/1h,librispeech_finetuning/9h",
+    "100h": "train-clean-100",
+    "960h": "train-clean-100,train-clean-360,train-other-500",
+}
+PRE_NORM = {  # as the code of each paper has it; LayerNorm has DyT's
+    "layernorm": {"base": False, "large": True},
+    "dyt": {"base": False, "large": True},
+    "derf": {"base": True, "large": True},
+}
+PRECISION = {"layernorm": "bf16-mixed", "dyt": "bf16-mixed", "derf": "32-true"}  # of pre-training
+# Parameters with LayerNorm for pre-training and for CTC, and the norms that are replaced.
+SPEECH_COUNTS = {"base": (95_044_608, 94_394_013, 25), "large": (317_380_864, 315_458_717, 49)}
+LOSS = {
+    "layernorm": {"base": "1.95", "large": "1.92"},
+    "dyt": {"base": "1.95", "large": "1.91"},
+    "derf": {"base": "1.93", "large": "1.90"},
+}
+WER = {  # per cent on test-clean / test-other
+    "layernorm_wav2vec2_base_ctc_10h": "4.3 / 9.5 % WER with a 4-gram",
+    "layernorm_wav2vec2_base_ctc_100h": "3.4 / 8.0 % WER with a 4-gram",
+    "layernorm_wav2vec2_base_ctc_960h": "3.4 / 8.6 % WER",
+}
 
+
+@functools.cache
 def recipe(name: str, *more: str) -> Config:
     return load([f"recipe={name}", "data.root=x", *more]).settled
 
@@ -118,6 +269,24 @@ def parts(name: str) -> tuple[str, str]:
     """(norm, model) of a recipe's name."""
     norm, _, rest = name.partition("_")
     return norm, rest.removesuffix("_imagenet")
+
+
+def speech_parts(name: str) -> tuple[str, str, str | None]:
+    """(norm, size, hours of CTC or None) of a recipe's name."""
+    norm, _, size, *rest = name.split("_")
+    return norm, size, rest[1] if rest[0] == "ctc" else None
+
+
+def replaced_keys(name: str) -> set[str]:
+    """The keys in which a recipe differs from LayerNorm's besides the norm: what its paper's code
+    changed with it."""
+    norm, size, hours = speech_parts(name)
+    keys = {"trainer.precision"} if norm == "derf" and hours is None else set()
+    return keys | ({"model.pre_norm"} if norm == "derf" and size == "base" else set())
+
+
+def info(name: str, **extra: Any) -> DataInfo:
+    return DataInfo(name, "", "", "", False, {"train": 1}, **extra)
 
 
 def lines(name: str) -> list[str]:
@@ -130,8 +299,8 @@ def value(config: Config, key: str) -> Any:
     return to_dict(config)[section][field]
 
 
-def test_there_is_a_recipe_for_every_row_of_the_first_table() -> None:
-    assert set(NAMES) <= set(sources.recipes())
+def test_there_is_a_recipe_for_every_row_of_the_tables_and_no_other() -> None:
+    assert {*NAMES, *SPEECH} == set(sources.recipes())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -149,19 +318,12 @@ def test_its_model_has_the_published_parameters_and_norms(name: str) -> None:
     norm, model = parts(name)
     config = recipe(name)
     spec = load_task(config.task_name)
-    info = DataInfo(
-        name="imagenet",
-        license="",
-        source="",
-        sha256="",
-        synthetic=False,
-        sizes={"train": 1_281_167},
-        classes=1000,
-        extra={"image_size": config.data.image_size, "in_chans": 3},
-    )
+    shape = {"image_size": config.data.image_size, "in_chans": 3}
     build = spec.models[config.model_name].build
     with torch.device("meta"):
-        built = build(config.model, norm=build_norm(config), data=info)
+        built = build(
+            config.model, norm=build_norm(config), data=info("imagenet", classes=1000, extra=shape)
+        )
     count, norms = SIZES[model]
     made: list[Any] = [module for _, module in norm_modules(built)]
     assert len(made) == norms
@@ -227,32 +389,203 @@ def test_it_names_the_drop_path_of_both_codes(name: str) -> None:
         assert "Derf's code has no ConvNeXt" in line
 
 
+@pytest.mark.parametrize("name", SPEECH)
+def test_a_speech_recipes_numbers_are_the_published_ones(name: str) -> None:
+    norm, size, hours = speech_parts(name)
+    config = recipe(name)
+    if hours is None:
+        wanted = {**PRETRAIN_COMMON, **PRETRAIN_OF_SIZE[size]}
+        wanted["trainer.precision"] = PRECISION[norm]
+    else:
+        wanted = {**CTC_COMMON, **dict(zip(CTC_KEYS, CTC_OF[size, hours], strict=True))}
+        wanted["data.train"] = CTC_TRAIN[hours]
+    wanted |= {"model.name": f"wav2vec2_{size}", "norm.name": norm, **OF_NORM[norm]}
+    wanted["model.pre_norm"] = PRE_NORM[norm][size]
+    assert {key: value(config, key) for key in wanted} == wanted
+    # the seconds alone decide how many clips a step takes
+    assert config.data.batch_size * config.data.min_seconds >= config.data.batch_seconds
+
+
+@pytest.mark.parametrize("name", SPEECH)
+def test_a_speech_recipes_model_has_the_parameters_and_norms_of_its_size(name: str) -> None:
+    norm, size, hours = speech_parts(name)
+    config = recipe(name)
+    build = load_task(config.task_name).models[config.model_name].build
+    with torch.device("meta"):
+        built = build(config.model, norm=build_norm(config), data=info("librispeech"))
+    pretrain, ctc, norms = SPEECH_COUNTS[size]
+    made: list[Any] = [module.norm_name for _, module in norm_modules(built)]
+    assert sorted(made) == sorted(["groupnorm", "layernorm", *[norm] * norms])
+    count = (pretrain if hours is None else ctc) + norms * EXTRA_A_NORM[norm]
+    assert sum(p.numel() for p in built.parameters()) == count
+
+
+@pytest.mark.parametrize("name", [n for n in SPEECH if not n.startswith("layernorm")])
+def test_a_speech_recipe_differs_from_layernorms_in_the_norm_and_in_lines_that_say_so(
+    name: str,
+) -> None:
+    base = f"layernorm_{name.partition('_')[2]}"
+    keys = diff(recipe(base), recipe(name))
+    assert {k for k in keys if k[:5] != "norm."} == {"recipe"} | replaced_keys(name)
+    for key in replaced_keys(name):
+        field = key.partition(".")[2]
+        for shown in (base, name):
+            text = sources.recipes()[shown].read_text(encoding="utf-8")
+            (line,) = [x for x in text.splitlines() if x.strip().startswith(f"{field}:")]
+            assert "Derf's" in line.partition("#")[2]
+
+
+@pytest.mark.parametrize("name", CTC)
+def test_a_fine_tuning_names_its_pre_training_whose_norms_stand_where_its_own_do(name: str) -> None:
+    norm, size, _ = speech_parts(name)
+    (start,) = (x for x in PRETRAIN if speech_parts(x)[:2] == (norm, size))
+    assert any(f"recipe={start}." in line for line in lines(name))
+    for field in ("pre_norm", "extractor", "conv_bias", "keep_sites", "dim", "depth"):
+        assert value(recipe(start), f"model.{field}") == value(recipe(name), f"model.{field}")
+
+
+def seconds_a_gpu(command: str) -> float:
+    """Padded seconds of audio that a GPU takes at a time with a command."""
+    config = load(shlex.split(command.partition(" -m suite.train ")[2])).settled
+    gpus = config.trainer.devices * config.trainer.num_nodes
+    return float(config.data.batch_seconds / (gpus * config.trainer.accumulate_grad_batches))
+
+
+@pytest.mark.parametrize("name", SPEECH)
+def test_a_speech_recipe_opens_with_commands_that_give_a_gpu_what_it_says(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, size, hours = speech_parts(name)
+    one_machine, many = lines(name)[:2]
+    assert one_machine.startswith(f"python -m suite.train recipe={name} ")
+    assert " trainer.devices=8" in one_machine
+    said, share = " ".join(lines(name)), seconds_a_gpu(one_machine)
+    if hours is not None:
+        assert " model.init_from=RUN " in one_machine
+        assert f"here {share:g} a GPU at a time" in said
+        return
+    assert f"takes {PRETRAIN_OF_SIZE[size]['data.batch_seconds'] / 3600:.2f} hours of audio" in said
+    assert f"a GPU takes {share:g} s at a time" in said
+    for key, amount in {"LOCAL_WORLD_SIZE": 8, "WORLD_SIZE": 64, "GROUP_WORLD_SIZE": 8}.items():
+        monkeypatch.setenv(key, str(amount))
+    assert many.startswith("torchrun --nnodes=8 --nproc_per_node=8 ")
+    assert f" recipe={name} " in many
+    assert seconds_a_gpu(many) == share
+
+
+@pytest.mark.parametrize("name", PRETRAIN[:2] + CTC[:6:2])
+def test_8_and_64_gpus_train_on_the_same_clips_in_an_update(name: str) -> None:
+    data = recipe(name).data
+    longest = data.crop_seconds or 24.5
+    seconds = np.random.default_rng(0).uniform(2.0, longest, size=4_000)
+    buckets = LengthBuckets(
+        (seconds * 16_000).astype(np.int64),
+        budget=data.batch_seconds * 16_000,
+        max_rows=data.batch_size,
+        seed=0,
+    )
+
+    def update(gpus: int, accumulate: int) -> list[int]:
+        found: list[int] = []
+        for rank in range(gpus):
+            dealt = iter(
+                BucketSampler(
+                    buckets,
+                    accumulate=accumulate,
+                    rank=rank,
+                    world_size=gpus,
+                    limit=None,
+                    position=lambda: 0,
+                )
+            )
+            batches = [next(dealt) for _ in range(accumulate)]
+            found += [i for batch in batches for i in batch.indices[: batch.valid]]
+        return sorted(found)
+
+    first = update(8, 8)
+    assert first == update(64, 1) == sorted(buckets.epoch(0)[0])
+    assert len(first) * seconds[first].max() <= data.batch_seconds
+
+
+@pytest.mark.parametrize("name", SPEECH)
+def test_a_speech_recipe_says_what_was_published_and_that_it_was_not_run(name: str) -> None:
+    norm, size, hours = speech_parts(name)
+    if hours is None:
+        paper = "2512.10938" if norm == "derf" else "2503.10622"
+        figure = f"{LOSS[norm][size]} validation loss (arXiv {paper})"
+        said = " ".join(lines(name))
+        assert "is not stated by the papers" in said
+        assert 'val/total_bits is fairseq\'s "loss", val/bits its "loss_0"' in said
+    else:
+        figure = WER.get(name, "none published")
+    opening = sources.opening(sources.recipes()[name])
+    assert f"Expected: {figure}. Not yet run." in opening
+
+
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 
 
-def test_the_commands_of_the_page_on_recipes_load() -> None:
+def rows(names: list[str]) -> dict[str, list[str]]:
+    """Name -> cells of each line of the page's tables that is about a recipe."""
+    found = {}
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if cells[0].strip("`") in names:
+            found[cells[0].strip("`")] = cells[1:]
+    return found
+
+
+def test_the_commands_of_the_page_on_recipes_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     start = "python -m suite.train "
     commands = [x for x in PAGE.read_text(encoding="utf-8").splitlines() if x.startswith(start)]
-    assert commands
-    for line in commands:
-        config = load(shlex.split(line.removeprefix(start), comments=True)).settled
-        assert config.recipe in NAMES
+    monkeypatch.chdir(tmp_path)
+    for file in re.findall(r"evaluate=(\S+)", "\n".join(commands)):
+        (tmp_path / file).touch()
+    assert {"vision", "speech"} == {
+        load(shlex.split(line.removeprefix(start), comments=True)).settled.task_name.split("/")[0]
+        for line in commands
+    }
 
 
 def test_the_page_on_recipes_has_every_recipe_with_its_figure() -> None:
-    rows = {}
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
-        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
-        if cells[0].strip("`") in NAMES:
-            rows[cells[0].strip("`")] = cells[1:]
-    assert set(rows) == set(NAMES)
-    for name, cells in rows.items():
+    found = rows(NAMES)
+    assert set(found) == set(NAMES)
+    for name, cells in found.items():
         norm, model = parts(name)
         assert cells[0] == TOP1[norm].get(model, "none published")
         assert cells[1] == str(DROP_PATH[norm][model])
         count, norms = SIZES[model]
         assert cells[2] == f"{count + norms * EXTRA_A_NORM[norm]:,}"
         assert cells[-1] == "not yet run"
+
+
+def test_the_page_on_recipes_has_every_speech_recipe_with_its_figure() -> None:
+    found = rows(SPEECH)
+    assert set(found) == set(SPEECH)
+    for name, cells in found.items():
+        norm, size, hours = speech_parts(name)
+        pretrain, ctc, norms = SPEECH_COUNTS[size]
+        layers = "pre-norm" if PRE_NORM[norm][size] else "post-norm"
+        if hours is None:
+            shown = [LOSS[norm][size], layers, PRECISION[norm]]
+        else:
+            shown = [WER.get(name, "none published").replace(" % WER", ""), layers]
+        count = (pretrain if hours is None else ctc) + norms * EXTRA_A_NORM[norm]
+        assert cells == [*shown, f"{count:,}", "not yet run"]
+
+
+def test_what_gpus_take_at_a_time_adds_up_to_the_batch() -> None:
+    shares = [r"(\d+) \| ([\d.]+)"] * 2 + [r"([\d.-]+) \| ([\d.-]+)"]
+    text = PAGE.read_text(encoding="utf-8")
+    found = re.findall(r"^\| (\d+) \| " + r" \| ".join(shares) + r" \|$", text, flags=re.M)
+    assert len(found) == 8
+    for gpus, *cells in found:
+        for i, total in enumerate((5600, 9600, 1600)):
+            accumulate, seconds = cells[2 * i : 2 * i + 2]
+            if accumulate != "-":
+                assert int(gpus) * int(accumulate) * float(seconds) == total
 
 
 def test_a_run_sets_the_precision_of_float32_products(
