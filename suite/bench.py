@@ -9,6 +9,7 @@ is imported before a command is known to be right.
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from suite.config import Config
 
 MIN_ROUNDS = 5
+MIN_SECONDS = 0.5
+REFERENCE_NORM = "layernorm"  # what references were published with
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,27 @@ def loading(argv: Sequence[str]) -> int:
     return 0
 
 
+def reference(argv: Sequence[str]) -> int:
+    """Time a training step of the suite against the field's own and print what was found."""
+    if {"--help", "-h"} & set(argv):
+        print(REFERENCE_HELP)
+        return 0
+    as_json = "--json" in argv
+    own, rest = split_tokens([a for a in argv if a != "--json"], own=("rounds", "rows", "seconds"))
+    rounds = whole_number("rounds", own.get("rounds", str(MIN_ROUNDS)), low=MIN_ROUNDS)
+    rows = whole_number("rows", own.get("rows", "2"), low=1)
+    seconds = number("seconds", own.get("seconds", "4"), low=MIN_SECONDS)
+    if not any(token.startswith("norm=") for token in rest):
+        rest.append(f"norm={REFERENCE_NORM}")
+    config = settled(rest, command="reference")
+
+    from suite.reference import measure
+
+    found = measure(config, rounds=rounds, rows=rows, seconds=seconds)
+    print(json.dumps(found.to_dict(), indent=2) if as_json else found.to_text())
+    return 0
+
+
 def settled(argv: Sequence[str], *, command: str) -> Config:
     """The configuration that suite.train's tokens name. Raises ConfigError for another action."""
     from suite.config import load
@@ -85,6 +109,7 @@ def settled(argv: Sequence[str], *, command: str) -> Config:
 COMMANDS: dict[str, Command] = {
     "step": Command(step, "a training step of the suite against a plain PyTorch loop"),
     "loading": Command(loading, "the suite's decoding and augmenting against a plain loader"),
+    "reference": Command(reference, "a training step of a task against the field's own code"),
 }
 
 
@@ -108,6 +133,17 @@ def whole_number(key: str, text: str, *, low: int) -> int:
     if not text.isdecimal() or int(text) < low:
         raise ConfigError(f"{key}={text}: must be a whole number, {low} or more")
     return int(text)
+
+
+def number(key: str, text: str, *, low: float) -> float:
+    """`text` as a finite number of at least `low`. Raises ConfigError."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not low <= found < math.inf:
+        raise ConfigError(f"{key}={text}: must be a number, {low:g} or more")
+    return found
 
 
 def help_text() -> str:
@@ -173,6 +209,33 @@ examples
   python -m suite.bench loading data=image_folder data.root=TREE data.num_workers=2
   python -m suite.bench loading data=image_folder data.root=TREE data.num_workers=2 \\
       data.randaugment=rand-m9-mstd0.5-inc1 data.erase=0.25"""
+
+
+REFERENCE_HELP = f"""\
+Time a training step of a task against the field's own implementation, and measure the memory of
+both (speech/pretrain: transformers' Wav2Vec2ForPreTraining).
+
+usage: python -m suite.bench reference task=speech/pretrain [key=value ...]
+                                       [rounds={MIN_ROUNDS}] [rows=2] [seconds=4] [--json]
+
+key=value is what suite.train takes: model=, data=, trainer.accelerator=, trainer.precision=32-true
+or bf16-mixed. The norm is {REFERENCE_NORM}, which references have.
+rounds=N   pairs of timings, {MIN_ROUNDS} or more; the figure is the median of their ratios
+rows=N     examples of the batch
+seconds=S  length of each, for audio
+--json     everything that was measured, as one JSON object
+
+ours    the task's step, backward and optimizer.step, in a plain loop
+theirs  the reference's, with the same sizes, first weights, batch, optimizer and precision
+A ratio below 1 is faster, or smaller, than theirs. First the losses of both are compared, in
+float32 on the CPU, with the same random draws. What one side does and the other does not is printed
+with the result. Memory is that of each side alone in a process of its own: what steps add to the
+weights and the batch, on a GPU what torch allocates there, else the resident set.
+
+examples
+  python -m suite.bench reference task=speech/pretrain model=wav2vec2_base rows=2 seconds=4
+  python -m suite.bench reference task=speech/pretrain model=wav2vec2_base rows=5 seconds=15.6 \\
+      trainer.accelerator=gpu trainer.precision=bf16-mixed"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ under `weights_only=True`, which runs no code from the file.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=None)
     except Exception as error:  # of a damaged file, whatever its bytes make the reader do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = re.sub(r"\x1b\[[0-9;]*m", "", reason)  # torch colours its advice
         raise ConfigError(
             f"{path}: not a readable checkpoint of tensors and plain values ({reason})"
         ) from error

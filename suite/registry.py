@@ -57,6 +57,8 @@ class TaskSpec:
     options: defaults of the task's own settings (`task.label_smoothing=0.1`).
     plain_loader: plain_loader(data options, *, seed) -> the batches of an epoch, read by the loop
         that everyone writes: what `suite.bench loading` compares with.
+    reference: reference() -> the field's own implementation of a training step, a
+        suite.reference.Reference: what `suite.bench reference` compares with.
     """
 
     name: str
@@ -68,6 +70,7 @@ class TaskSpec:
     keep_sites: tuple[str, ...] = ()
     options: Any = NoOptions()
     plain_loader: Callable[..., Any] | None = None
+    reference: Callable[[], Any] | None = None
 
 
 def task_names() -> tuple[str, ...]:

@@ -11,8 +11,8 @@ Shapes: N clips, S samples.
 
 from __future__ import annotations
 
-import io
 import os
+import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -160,7 +160,11 @@ class ZipClips:
         soundfile, path = load_soundfile(), self.path(index)
         try:
             content = self.opened().read(f"{self.names[index]}.opus")
-            found, rate = soundfile.read(io.BytesIO(content), dtype="int16")
+            # a file and no BytesIO: Ctrl-C in a callback from C is swallowed, with a traceback
+            with tempfile.TemporaryFile() as file:
+                file.write(content)
+                file.seek(0)
+                found, rate = soundfile.read(file.fileno(), dtype="int16", closefd=False)
         except (OSError, KeyError, zipfile.BadZipFile, soundfile.LibsndfileError) as error:
             raise AudioError(path, f"cannot be decoded ({' '.join(str(error).split())})") from None
         if rate != SAMPLE_RATE or found.ndim != 1 or len(found) != self.lengths[index]:

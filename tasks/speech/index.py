@@ -13,20 +13,17 @@ Shapes: N files.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from suite.cache import keep, recall, say_once
 from tasks.speech.audio import AudioError, UnreadableError, probe, shown
 
 VERSION = 1
@@ -84,7 +81,7 @@ def read_headers(paths: Sequence[str], *, what: str) -> Headers:
                     values[i] = one
             done += len(part)
             if time.monotonic() - last > TALK_S:
-                say(f"{what}: {done:,} of {len(paths):,} files")
+                say_once(f"{what}: {done:,} of {len(paths):,} files")
                 last = time.monotonic()
     samples, rates, channels = values.T.copy()
     return Headers(samples, rates, channels, faults)
@@ -115,26 +112,7 @@ def probed(paths: Sequence[str], part: range) -> list[tuple[int, int, int] | str
     return found
 
 
-def say(text: str) -> None:
-    """A line on stderr, from the first process only."""
-    if os.environ.get("RANK", "0") == "0" and os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
-
-
 # --- the cache ------------------------------------------------------------------------------------
-
-
-def cache_folder(option: str | None) -> Path | None:
-    """Where lengths are kept: `option`, or the user's cache folder; None for the word "none"."""
-    if option == "none":
-        return None
-    if option is not None:
-        return Path(option).expanduser() / "audio-index"
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "dyt-suite" / "audio-index"
-    except RuntimeError:  # no home
-        return None
 
 
 def safe(label: str) -> str:
@@ -158,34 +136,18 @@ def write_cache(file: Path, headers: Headers, *, listing: str, stamps: Array) ->
         "listing": listing,
         "faults": {str(i): reason for i, reason in headers.faults.items()},
     }
-    arrays: dict[str, Any] = {
-        "meta": np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8),
-        "stamps": stamps,
-        "values": np.stack([headers.samples, headers.rates, headers.channels]),
-    }
-    temporary = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as out:
-            temporary = Path(out.name)
-            np.savez(out, **arrays)
-        temporary.replace(file)  # at once: another process sees the old file or the whole new one
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        say(
+    values = np.stack([headers.samples, headers.rates, headers.channels])
+    if reason := keep(file, meta, {"stamps": stamps, "values": values}):
+        say_once(
             f"note: the lengths of the clips cannot be kept in {shown(str(file.parent))} "
-            f"({error.strerror}); each start reads every file's header. data.cache=FOLDER names "
-            "another"
+            f"({reason}); each start reads every file's header. data.cache=FOLDER names another"
         )
 
 
 def read_cache(file: Path, listing: str, stamps: Array | None) -> Headers | None:
     """What was kept, if no folder has changed since; a damaged file counts as none."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            arrays = {key: stored[key] for key in stored.files}
-        meta = json.loads(arrays["meta"].tobytes())
+        meta, arrays = recall(file)
         if meta["version"] != VERSION or meta["listing"] != listing:
             return None
         samples, rates, channels = arrays["values"].astype(np.int64)
@@ -196,7 +158,7 @@ def read_cache(file: Path, listing: str, stamps: Array | None) -> Headers | None
         return None
     except Exception as error:  # whatever a damaged archive makes of zipfile, NumPy and json
         reason = " ".join(str(error).split()) or type(error).__name__
-        say(f"note: {shown(str(file))} is damaged ({reason}); the lengths are read again")
+        say_once(f"note: {shown(str(file))} is damaged ({reason}); the lengths are read again")
         return None
     same = stamps is not None and np.array_equal(arrays["stamps"], stamps)
     return Headers(samples, rates, channels, faults) if same else None

@@ -33,6 +33,7 @@ from tasks.speech.alarms import Alarms
 from tasks.speech.contrastive import CodePerplexity, chance_bits, info_nce, of_sums, perplexity
 from tasks.speech.data import PRETRAIN_DATA
 from tasks.speech.models import PRETRAIN_MODELS, ForPretraining
+from tasks.speech.reference import PretrainReference
 from tasks.speech.wav2vec2 import RATE, frames_of
 
 
@@ -267,4 +268,5 @@ SPEC = TaskSpec(
     unit="seconds of audio",
     keep_sites=("stem", "embed"),
     options=PretrainTaskOptions(),
+    reference=PretrainReference,
 )

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from suite.cache import cache_folder
 from suite.data import DataInfo, Splits
 from suite.errors import ConfigError
 from tasks.speech.audio import SAMPLE_RATE, AudioError, UnreadableError, check_format, shown
 from tasks.speech.clips import Clips, FileClips
-from tasks.speech.index import Headers, cache_folder, load_headers
+from tasks.speech.index import Headers, load_headers
 from tasks.speech.split import REPAIR, AudioOptions, AudioSplit, Places
 from tasks.speech.text import LABELS, normalise
 from tasks.speech.wav2vec2 import frames_of
@@ -78,7 +79,10 @@ def file_clips(listing: Listing, *, name: str, options: AudioOptions, words: boo
     """
     try:
         headers = load_headers(
-            listing.paths, name=name, label=listing.label, cache=cache_folder(options.cache)
+            listing.paths,
+            name=name,
+            label=listing.label,
+            cache=cache_folder(options.cache, kind="audio-index"),
         )
     except UnreadableError as error:
         raise ConfigError(f"data={name}: {error}; nothing of this kind is skipped") from None
@@ -198,7 +202,7 @@ def keep(
         first = f"{shown(clips.path(faulty[0]))}: {clips.faults[faulty[0]]}"
         if options.on_error == "fail":
             raise ConfigError(f"data={name}: {first}{more}")
-        reasons.append(f"{len(faulty):,} faulty (the first: {first})")
+        reasons.append(f"{len(faulty):,} faulty (the first: {first.removesuffix(f'; {REPAIR}')})")
         places = np.setdiff1d(places, np.array(faulty))
     short = clips.lengths[places] < options.min_samples
     if short.any():

@@ -32,11 +32,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from suite.cache import cache_folder
 from suite.data import DataInfo, Splits
 from suite.errors import ConfigError, DataError
 from tasks.vision.augment import Augment, EvalTransform, VisionDataOptions
 from tasks.vision.decode import DecodeError, ReadError, open_image, shown
-from tasks.vision.index import Index, cache_folder, load_index
+from tasks.vision.index import Index, load_index
 from tasks.vision.layout import (
     Layout,
     check_classes,
@@ -241,7 +242,7 @@ def build(layout: Layout, options: ImageFolderOptions, *, name: str, seed: int) 
     made = preprocessing(options)
     options = replace(options, interpolation=made.interpolation)
     check_choice(layout, options, name=name)
-    cache = cache_folder(options.cache)
+    cache = cache_folder(options.cache, kind="index")
     indices = {}
     for split in ("train", "val", "test"):
         if (folder := getattr(layout, split)) is not None:

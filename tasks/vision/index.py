@@ -15,10 +15,7 @@ Shapes: N files, K classes.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from suite.cache import keep, recall, say_once
 from suite.errors import ConfigError
 from tasks.vision.decode import EXTENSIONS, shown
 
@@ -174,30 +172,11 @@ class Progress:
         """One more class folder, with so many files."""
         self.files, self.folders = self.files + files, self.folders + 1
         if time.monotonic() - self.last > TALK_S:
-            say(f"{self.what}: {self.files:,} files in {self.folders:,} class folders so far")
+            say_once(f"{self.what}: {self.files:,} files in {self.folders:,} class folders so far")
             self.last = time.monotonic()
 
 
-def say(text: str) -> None:
-    """A line on stderr, from the first process only."""
-    if os.environ.get("RANK", "0") == "0" and os.environ.get("LOCAL_RANK", "0") == "0":
-        print(text, file=sys.stderr, flush=True)
-
-
 # --- the cache ------------------------------------------------------------------------------------
-
-
-def cache_folder(option: str | None) -> Path | None:
-    """Where indices are kept: `option`, or the user's cache folder; None for the word "none"."""
-    if option == "none":
-        return None
-    if option is not None:
-        return Path(option).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "dyt-suite" / "index"
-    except RuntimeError:  # no home
-        return None
 
 
 def cache_name(root: Path) -> str:
@@ -213,7 +192,6 @@ def write_cache(file: Path, index: Index, folders: list[Folder]) -> None:
     """Keep an index. A cache that cannot be written is a note: only the next start is slower."""
     meta = {"version": VERSION, "root": path_hash(Path(index.root)), "sha256": index.sha256}
     arrays: dict[str, Any] = {
-        "meta": np.frombuffer(json.dumps(meta).encode(), dtype=np.uint8),
         "classes": joined(os.fsencode(name) for name in index.classes),
         "folders": joined(folder.path for folder in folders),
         "times": np.array([(f.mtime_ns, f.ctime_ns) for f in folders], dtype=np.int64),
@@ -221,28 +199,17 @@ def write_cache(file: Path, index: Index, folders: list[Folder]) -> None:
         "names": index.names,
         "ends": index.ends,
     }
-    temporary = None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".tmp", delete=False) as out:
-            temporary = Path(out.name)
-            np.savez(out, **arrays)
-        temporary.replace(file)  # at once: another process sees the old file or the whole new one
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        say(
+    if reason := keep(file, meta, arrays):
+        say_once(
             f"note: the index of {shown(index.root)} cannot be kept in {shown(str(file.parent))} "
-            f"({error.strerror}); each start reads the whole tree. data.cache=FOLDER names another"
+            f"({reason}); each start reads the whole tree. data.cache=FOLDER names another"
         )
 
 
 def read_cache(file: Path, root: Path) -> Index | None:
     """The index that was kept, if no folder has changed since; a damaged file counts as none."""
     try:
-        with np.load(file, allow_pickle=False) as stored:
-            arrays = {key: stored[key] for key in stored.files}
-        meta = json.loads(arrays["meta"].tobytes())
+        meta, arrays = recall(file)
         if meta["version"] != VERSION or meta["root"] != path_hash(root):
             return None
         folders, times = parted(arrays["folders"]), arrays["times"]
@@ -259,7 +226,7 @@ def read_cache(file: Path, root: Path) -> Index | None:
         return None
     except Exception as error:  # whatever a damaged archive makes of zipfile, NumPy and json
         reason = " ".join(str(error).split()) or type(error).__name__
-        say(f"note: {shown(str(file))} is damaged ({reason}); the index is built again")
+        say_once(f"note: {shown(str(file))} is damaged ({reason}); the index is built again")
         return None
     return index if unchanged(os.fsencode(root), folders, times) else None
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from suite.cache import cache_folder
 from suite.errors import ConfigError
 from tasks.speech import audio, index
 from tasks.speech.audio import AudioError, UnreadableError, check_format, probe, read
@@ -370,9 +371,9 @@ def test_long_lists_say_how_far_they_are(files, monkeypatch, capsys):
 
 def test_the_cache_lies_in_the_users_cache_folder_unless_the_option_says_another(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
-    assert index.cache_folder(None) == Path("/somewhere/dyt-suite/audio-index")
-    assert index.cache_folder("/other") == Path("/other/audio-index")
-    assert index.cache_folder("none") is None
+    assert cache_folder(None, kind="audio-index") == Path("/somewhere/dyt-suite/audio-index")
+    assert cache_folder("/other", kind="audio-index") == Path("/other/audio-index")
+    assert cache_folder("none", kind="audio-index") is None
 
 
 # --- clips ----------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from suite.cache import cache_folder
 from suite.data import SuiteDataModule
 from suite.errors import ConfigError, DataError
 from tasks.vision import folder, index
@@ -219,7 +220,7 @@ def test_a_damaged_cache_is_a_note_and_is_built_again(tree, tmp_path, scans, cap
     age(tree)
     cache = tmp_path / "cache"
     whole = build(tree, cache=str(cache))
-    file = next(cache.glob("train-*.npz"))
+    file = next(cache.glob("index/train-*.npz"))
     content = file.read_bytes()
     at = content.index(b"bag/0.jpg")
     file.write_bytes(
@@ -244,7 +245,7 @@ def test_the_cache_holds_plain_data_and_of_another_version_is_not_used(
     age(tree)
     cache = tmp_path / "cache"
     build(tree, cache=str(cache))
-    with np.load(next(cache.glob("train-*.npz")), allow_pickle=False) as stored:
+    with np.load(next(cache.glob("index/train-*.npz")), allow_pickle=False) as stored:
         assert not any(stored[key].dtype.hasobject for key in stored.files)
         assert json.loads(stored["meta"].tobytes())["version"] == index.VERSION
     monkeypatch.setattr(index, "VERSION", index.VERSION + 1)
@@ -264,7 +265,7 @@ def test_the_cache_lies_in_the_users_cache_folder(tree, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     build(tree, cache=None)
     assert len(list((tmp_path / "xdg" / "dyt-suite" / "index").glob("*.npz"))) == 2
-    assert index.cache_folder("none") is None
+    assert cache_folder("none", kind="index") is None
 
 
 # --- wrong inputs ---------------------------------------------------------------------------------
