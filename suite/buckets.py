@@ -28,10 +28,20 @@ class LengthBuckets:
     """The batches of a split whose examples differ in length.
 
     lengths: [N], above 0. budget: the most that a batch's longest example times its rows may be
-    (one row is always taken). max_rows: the most examples of a batch. seed: of the order.
+    (one row is always taken). max_rows: the most examples of a batch. seed: of the order. advice:
+    what a user can set so that a batch holds more.
     """
 
-    def __init__(self, lengths: np.ndarray, *, budget: float, max_rows: int, seed: int) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        *,
+        budget: float,
+        max_rows: int,
+        seed: int,
+        advice: str = "shorten the examples or raise the length of a batch",
+    ) -> None:
+        self.advice = advice
         self.lengths = np.asarray(lengths, dtype=np.int64)
         if self.lengths.size and self.lengths.min() < 1:
             raise ValueError("lengths must be above 0")
@@ -131,7 +141,7 @@ class BucketSampler(Sampler[BatchAddress]):
                 f"data: one step is dealt to {world_size} processes x "
                 f"trainer.accumulate_grad_batches={accumulate}, and a batch of the longest "
                 f"examples has only {max(1, int(buckets.budget // buckets.longest))}; take fewer, "
-                "crop the examples, or raise the length of a batch"
+                f"or {buckets.advice}"
             )
         self.batches = limited(len(buckets) * accumulate, limit, multiple=accumulate)
 

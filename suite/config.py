@@ -172,8 +172,8 @@ def _choose(
         from_file = under(key, source.settings)
         owner = source.names.get(key)
         if owner not in (None, name) and from_file:
-            keys = ", ".join(setting.key for setting in from_file)
-            notes.append(f"{source.path}: left out, since they are for {key}={owner}: {keys}")
+            if keys := ", ".join(changed(from_file, table.get(str(owner)))):
+                notes.append(f"{source.path}: left out, since they are for {key}={owner}: {keys}")
             from_file = []
         elif owner is None:
             from_file = list(shared(from_file, options, table))
@@ -181,6 +181,16 @@ def _choose(
         chosen[key] = (name, _fill(f"{key}={name}", options, settings, table=table))
     _try_norm(*chosen["norm"])
     return chosen, notes
+
+
+def changed(settings: Sequence[Setting], options: Any) -> list[str]:
+    """The keys whose value is not what `options`, if known, has anyway."""
+    missing = object()
+    return [
+        setting.key
+        for setting in settings
+        if len(setting.path) > 2 or getattr(options, setting.path[1], missing) != setting.value
+    ]
 
 
 def _norm_table() -> Mapping[str, Any]:

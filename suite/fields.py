@@ -77,8 +77,8 @@ _WORDS: dict[Any, str] = {
     str: "text",
     bool: "true or false",
     type(None): "null",
-    list: "a list such as [1,2]",
-    tuple: "a list such as [1,2]",
+    list: "a list such as [a,b]",
+    tuple: "a list such as [a,b]",
     dict: "a group of keys",
 }
 

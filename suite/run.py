@@ -91,6 +91,7 @@ class Record:
                 "synthetic": info.synthetic,
                 "sizes": dict(info.sizes),
                 "unreadable": self.parts.data.unreadable_files(),
+                "notes": list(info.extra.get("notes", ())),
             },
             "norm": config.norm_name,
             "norm_options": to_dict(config)["norm"],
@@ -289,13 +290,15 @@ def summarise(result: Mapping[str, Any], folder: Path) -> None:
     """The end of a good run, on stdout."""
     primary, norm = result["primary"], result["norm"]
     name, split = primary["name"], primary["split"]
-    line = f"{result['task']} {result['model']} {norm} seed {result['seed']}: "
+    found = []
     if primary["best"] is not None:
-        line += f"best {split}/{name} {primary['best']:.4f} (step {primary['best_step']})"
+        found.append(f"best {split}/{name} {primary['best']:.4f} (step {primary['best_step']})")
     if primary["test"] is not None:
-        line += f", test/{name} {primary['test']:.4f}"
+        found.append(f"test/{name} {primary['test']:.4f}")
     speed = result["throughput"]
     if speed["per_s"]:
-        line += f", {speed['per_s']:.0f} {speed['unit']}/s"
-    print(f"{line}, {result['wall_seconds']:.0f} s")
+        found.append(f"{speed['per_s']:.0f} {speed['unit']}/s")
+    found.append(f"{result['wall_seconds']:.0f} s")
+    head = f"{result['task']} {result['model']} {norm} seed {result['seed']}"
+    print(f"{head}: {', '.join(found)}")
     print(f"result: {folder / 'result.json'}")

@@ -183,11 +183,13 @@ class Pretrain(SuiteModule):
         # fairseq counts the likeliest codes, not those that were drawn
         code_GV = counted(out.probs_BMGV.argmax(dim=-1), used_BM, codes=self.shape[1])
         hits, same = ((x * used_BM).sum() for x in (contrast.hit_BM, contrast.same_BM))
+        guess_BM = (1 + self.negatives * (1 - contrast.same_BM)).log2()
         logs = {
             "bits": info.detach() / math.log(2),
             "total_bits": loss_sum.detach() / math.log(2),
             "acc": hits,
             "same_codes": same,
+            "chance_bits": (guess_BM * used_BM).sum(),
         }
         seconds = (batch["length"] * batch["valid"]).sum() / RATE
         sums = {"code_GV": code_GV, "prob_GV": prob_GV.detach()}
@@ -225,7 +227,8 @@ class Pretrain(SuiteModule):
         if is_main_process():
             groups, codes = self.shape
             say(
-                f"chance {chance_bits(self.negatives):.3f} bits = log2({self.negatives + 1}); code "
+                f"chance {chance_bits(self.negatives):.3f} bits = log2({self.negatives + 1}), less "
+                "where negatives have the codes of the true frame (val/chance_bits); code "
                 f"perplexity is {groups} when collapsed and {groups * codes} when all codes are in "
                 "equal use"
             )

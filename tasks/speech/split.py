@@ -129,6 +129,8 @@ class AudioSplit:
             budget=options.batch_seconds * SAMPLE_RATE,
             max_rows=options.batch_size if train else options.eval_batch_size or options.batch_size,
             seed=seed,
+            advice="raise data.batch_seconds"
+            + ("" if words else ", or crop the clips with data.crop_seconds"),
         )
         self.cropped = train and not options.pad and not words
         if self.cropped:
