@@ -22,6 +22,7 @@ from suite.randomness import derive
 from suite.sampling import BatchAddress, address, limited
 
 RATIO = 1.1  # the longest of a bucket to its shortest, where there are enough examples
+ALIKE = 1.5  # at most, for what would fill no batch
 
 
 class LengthBuckets:
@@ -71,7 +72,8 @@ class LengthBuckets:
     def _divide(self) -> list[np.ndarray]:
         """From the longest down: a bucket ends where lengths fall below RATIO, if it fills a batch.
 
-        What would be left as less than a batch at the end joins the last bucket.
+        What would be left as less than a batch at the end joins the last bucket if it is alike;
+        else it is a smaller batch of its own.
         """
         order = np.argsort(-self.lengths, kind="stable")
         down = self.lengths[order]
@@ -80,7 +82,8 @@ class LengthBuckets:
             rows = self._rows(int(down[start]))
             alike = int(np.searchsorted(-down, -down[start] / RATIO, side="right"))
             stop = max(alike, start + rows)
-            if stop < len(order) and len(order) - stop < self._rows(int(down[stop])):
+            left = len(order) - stop
+            if 0 < left < self._rows(int(down[stop])) and down[start] <= ALIKE * down[-1]:
                 stop = len(order)
             buckets.append(order[start : min(stop, len(order))])
             start = stop
@@ -107,7 +110,10 @@ class LengthBuckets:
 
 
 def dealt(batch: np.ndarray, *, part: int, parts: int, epoch: int) -> BatchAddress:
-    """The share of one of `parts` processes in a batch, padded to as many rows as the first has."""
+    """The share of one of `parts` processes in a batch, padded to as many rows as the first has.
+
+    Padding counts for nothing, except in BatchNorm's statistics of a task that has no mask of rows.
+    """
     return address(batch[part::parts].tolist(), size=-(-len(batch) // parts), epoch=epoch)
 
 
@@ -136,11 +142,12 @@ class BucketSampler(Sampler[BatchAddress]):
         self.buckets, self.accumulate, self.position = buckets, accumulate, position
         self.rank, self.world_size = rank, world_size
         parts = world_size * accumulate
-        if parts > 1 and buckets.longest * parts > buckets.budget:
+        fit = max(1, min(buckets.max_rows, int(buckets.budget // buckets.longest)))
+        if fit < parts:
             raise ConfigError(
                 f"data: one step is dealt to {world_size} processes x "
                 f"trainer.accumulate_grad_batches={accumulate}, and a batch of the longest "
-                f"examples has only {max(1, int(buckets.budget // buckets.longest))}; take fewer, "
+                f"examples has only {fit}; take fewer, "
                 f"or {buckets.advice}"
             )
         self.batches = limited(len(buckets) * accumulate, limit, multiple=accumulate)
@@ -184,7 +191,7 @@ class BucketEvalSampler(Sampler[BatchAddress]):
             buckets = LengthBuckets(
                 buckets.lengths,
                 budget=buckets.budget / accumulate,
-                max_rows=-(-buckets.max_rows // accumulate),
+                max_rows=buckets.max_rows,
                 seed=buckets.seed,
             )
         found = buckets.in_order()

@@ -150,7 +150,13 @@ def build_parts(config: Config, *, processes: int) -> Parts:
     if config.model.init_from and not config.evaluate:
         across = config.model.init_across_norms
         norm = factory.describe()
-        notes += init_from(model, config.model.init_from, norm=norm, across_norms=across)
+        notes += init_from(
+            model,
+            config.model.init_from,
+            norm=norm,
+            across_norms=across,
+            options=config.model,
+        )
     trainer = config.trainer
     accumulate = trainer.accumulate_grad_batches
     data = SuiteDataModule(
@@ -174,7 +180,7 @@ def build_parts(config: Config, *, processes: int) -> Parts:
         seed=config.seed,
         nominal=max(1, config.data.batch_size // (processes * accumulate)),
         steps_per_epoch=max(1, batches // accumulate),
-        padded=not config.data.drop_last or data.skips,
+        padded=not config.data.drop_last or data.skips or getattr(config.data, "by_length", False),
     )
     return Parts(config, spec, factory, module, data, notes)
 

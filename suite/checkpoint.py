@@ -9,7 +9,7 @@ under `weights_only=True`, which runs no code from the file.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -104,16 +104,29 @@ def split_weights(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], Mappin
 
 
 def init_from(
-    model: nn.Module, path: str, *, norm: Mapping[str, Any], across_norms: bool
+    model: nn.Module,
+    path: str,
+    *,
+    norm: Mapping[str, Any],
+    across_norms: bool,
+    options: Any = None,
 ) -> list[str]:
     """Load a file's or a run's weights into `model` before training; returns notes on what was
     done.
 
-    norm: the chosen factory's description. across_norms: load what both norms have.
+    norm: the chosen factory's description. across_norms: load what both norms have. options: the
+    model's, see `read_weights`.
     Raises ConfigError if names or shapes differ, or the norm does and across_norms is off.
     """
     file = find_checkpoint(path, key="model.init_from", prefer="best")
-    return read_weights(model, file, norm=norm, key="model.init_from", across_norms=across_norms)
+    return read_weights(
+        model,
+        file,
+        norm=norm,
+        key="model.init_from",
+        across_norms=across_norms,
+        options=options,
+    )
 
 
 def read_weights(
@@ -123,12 +136,14 @@ def read_weights(
     norm: Mapping[str, Any],
     key: str,
     across_norms: bool = False,
+    options: Any = None,
 ) -> list[str]:
     """Load `file` into `model`, strictly but for norms if across_norms. key: its name in errors.
 
     A model may have adapt(state, *, whole) -> (state, notes): the tensors of other people's files,
     or of another of its tasks, under its own names. whole: nothing may be left at its initial
-    value.
+    value. And fixed_by_weights, the names of options that leave no trace in names or shapes: where
+    the file says what they were, they must be as in `options`.
     """
     where = f"{key}={file}"
     content = read_checkpoint(file)
@@ -141,6 +156,8 @@ def read_weights(
             check_compatible(identity["norm"], norm)
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{where}: {error}") from error
+    if identity is not None and options is not None:
+        check_traceless(getattr(model, "fixed_by_weights", ()), identity, options, where=where)
     notes = []
     if adapt := getattr(model, "adapt", None):
         try:
@@ -177,6 +194,27 @@ def read_weights(
             f"{few(foreign) or 'nothing'} of the file was left out"
         )
     return notes
+
+
+def check_traceless(
+    fields: Iterable[str], identity: Mapping[str, Any], options: Any, *, where: str
+) -> None:
+    """Raise ConfigError where an option is not what the weights were trained with."""
+    saved = (identity.get("config") or {}).get("model") or {}
+    for field in fields:
+        was, now = (plain(v) for v in (saved.get(field), getattr(options, field)))
+        if field in saved and was != now:
+            raise ConfigError(
+                f"{where}: was trained with model.{field}={was}, here it is {now}: the weights "
+                f"would load and mean nothing; set model.{field}={was}"
+            )
+
+
+def plain(value: Any) -> Any:
+    """A list or tuple as sorted text, a truth value as YAML has it: to compare and to show."""
+    if isinstance(value, list | tuple):
+        return f"[{','.join(sorted(map(str, value)))}]"
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 def few(names: list[str]) -> str:

@@ -107,10 +107,7 @@ class SuiteModule(L.LightningModule):
         """Loss and metric inputs of one batch."""
 
     def metrics(self) -> MetricCollection:
-        """Fresh metric objects for a whole validation or test set.
-
-        Called before the model is set.
-        """
+        """Fresh metric objects for a whole validation or test set."""
         return MetricCollection({})
 
     @property

@@ -36,7 +36,8 @@ def evaluate(config: Config) -> int:
     file = find_checkpoint(config.evaluate, key="evaluate", prefer="best")
     parts = build_parts(config, processes=processes)
     norm = build_norm(config).describe()
-    for note in read_weights(parts.module.model, file, norm=norm, key="evaluate"):
+    model = parts.module.model
+    for note in read_weights(model, file, norm=norm, key="evaluate", options=config.model):
         say(f"note: {note}")
     trainer = build_trainer(config, processes=processes, callbacks=[], folder=None)
     introduce(parts, trainer, None)

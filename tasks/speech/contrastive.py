@@ -53,7 +53,7 @@ def info_nce(
     logits_BMK = torch.cat([true_BM[..., None], other_BMK], dim=2)
     loss_BM = logits_BMK.logsumexp(dim=2) - true_BM
     distinct_BM = ~same_BMK.all(dim=2)
-    hit_BM = (true_BM >= other_BMK.amax(dim=2)) & distinct_BM
+    hit_BM = (true_BM > other_BMK.amax(dim=2)) & distinct_BM
     return Contrast(loss_BM, hit_BM, same_BMK.float().mean(dim=2))
 
 
@@ -85,8 +85,7 @@ class CodePerplexity(Metric):
     def __init__(self, groups: int, codes: int, *, sums: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.sums = sums
-        zeros = torch.zeros(groups, codes, dtype=torch.float64)
-        self.add_state("total_GV", default=zeros, dist_reduce_fx="sum")
+        self.add_state("total_GV", default=torch.zeros(groups, codes), dist_reduce_fx="sum")
 
     def update(self, code_GV: Tensor, prob_GV: Tensor) -> None:
         """Add a batch's counts of codes and sums of probabilities, both [G, V]."""

@@ -91,7 +91,8 @@ def ctc_loss(
     """-log p(transcript) of each row, [B], in float32; 0 where the frames are too few for it.
 
     Without cuDNN, whose CTC takes other types and padding and gives other figures (fairseq does the
-    same). PyTorch's own has a backward pass on CUDA that adds in any order: with
+    same). PyTorch's own waits for the device once, to read the lengths, and has a backward pass on
+    CUDA that adds in any order: with
     trainer.deterministic=true it is refused, warn lets it pass.
     """
     with torch.backends.cudnn.flags(enabled=False):
@@ -129,6 +130,28 @@ class CTC(SuiteModule):
     def freezes(self) -> bool:
         """Whether this update moves the head alone."""
         return bool(self.updates < self.options.freeze_updates)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if is_main_process() and (warning := self._untaught()):
+            say(f"warning: {warning}")
+
+    def _untaught(self) -> str | None:
+        """What to say of weights that are frozen though nobody has trained them."""
+        settings = self.identity.get("config", {}).get("model", {})
+        if settings.get("init_from") or not settings:
+            return None
+        if settings.get("freeze_extractor"):
+            return (
+                "model.freeze_extractor=true without model.init_from: the convolutions keep their "
+                "random values; name a pre-training, or set it to false"
+            )
+        if self.options.freeze_updates:
+            return (
+                f"task.freeze_updates={self.options.freeze_updates} without model.init_from: for "
+                "so long the head reads random features"
+            )
+        return None
 
     def frozen(self) -> list[nn.Parameter]:
         return list(self.model.encoder_parameters()) if self.freezes else []

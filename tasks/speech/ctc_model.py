@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.speech.published import adapt_ctc, size_hint
-from tasks.speech.wav2vec2 import Wav2Vec2, valid_of
+from tasks.speech.wav2vec2 import FIXED_BY_WEIGHTS, Wav2Vec2, valid_of
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -117,6 +117,8 @@ class ForCTC(nn.Module):
         for name, parameter in self.named_parameters():
             if not name.startswith("head."):
                 yield parameter
+
+    fixed_by_weights = FIXED_BY_WEIGHTS
 
     def layer_of(self, name: str) -> int:
         """The depth of a parameter, for layer-wise learning rates: the head is last."""

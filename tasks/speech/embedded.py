@@ -28,7 +28,7 @@ SPLITS = ("train", "val", "test")
 
 ASTERISK = About(
     "asterisk_en",
-    license="CC BY-SA 3.0 (Digium, Inc.; voice of Allison Smith)",
+    license="CC BY-SA 3.0 (Allison Smith; funded by Digium, Inc.)",
     source="Debian package asterisk-core-sounds-en-g722 1.6.1-1",
 )
 ASTERISK_SHA256 = "82d932f73bb99f46da8f5f26904f3e405716973b55adfbb0ae44c21da2bc441e"

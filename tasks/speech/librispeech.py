@@ -75,9 +75,16 @@ def build_librispeech(options: LibriSpeechOptions, *, seed: int, words: bool) ->
         for folder in set(named["train"]) & set(named[split]):
             raise ConfigError(f"data.{split}={folder}: it is in data.train too; leave one out")
     parts, notes = {}, []
+    trained: set[str] = set()
     for split, folders in named.items():
         if folders:
             listing, more = read_folders(root, folders, words=words)
+            if both := len(trained.intersection(listing.paths)):
+                raise ConfigError(
+                    f"data.{split}={','.join(folders)}: {both:,} of its clips are in data.train "
+                    "too; leave their folder out of one"
+                )
+            trained |= set(listing.paths) if split == "train" else set()
             notes += more
             parts[split] = Part.whole(file_clips(listing, name=NAME, options=options, words=words))
     if "train" not in parts:
@@ -182,7 +189,7 @@ def transcripts(folder: Path) -> dict[str, str]:
             raise ConfigError(
                 f"data=librispeech: {shown(str(file))} cannot be read ({reason})"
             ) from None
-        for line in lines:
+        for line in filter(str.strip, lines):
             utterance, _, text = line.strip().partition(" ")
             found[utterance] = text
     return found

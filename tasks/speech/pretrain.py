@@ -3,9 +3,10 @@
 loss = InfoNCE / masked frames + diversity_weight * (G V - perplexity) / (G V)
      + penalty_weight * mean(features^2), as fairseq 3d262bb25690 with four differences, so that
 the number of processes changes nothing: masks are not thinned to the batch's smallest count
-(task.mask_equalise=batch does), the perplexity and the feature penalty are those of all processes
-together rather than a mean of each one's, and every process leaves out the same layers. Under
-accumulation perplexity and penalty are each micro-batch's, weighted by its masked frames.
+(task.mask_equalise=batch does, each process its own share), the perplexity and the feature penalty
+are those of all processes together rather than a mean of each one's, and every process leaves out
+the same layers. Under accumulation perplexity and penalty are each micro-batch's, weighted by its
+masked frames.
 
 Shapes: B examples, S samples, T frames, M slots for masked frames, C channels, G codebooks, V codes
 of each.
@@ -238,8 +239,8 @@ class Pretrain(SuiteModule):
             return {}
         code_GV, prob_GV, totals = sums_over_ranks(*self._window)
         self._window = []
-        info, same, masked = totals.tolist()
-        code, prob = float(of_sums(code_GV)), float(of_sums(prob_GV))
+        found = torch.stack([*totals, of_sums(code_GV), of_sums(prob_GV)])
+        info, same, masked, code, prob = found.tolist()
         bits = info / max(masked, 1.0) / math.log(2)
         for text in self.alarms.judge(
             bits=bits, code_perplexity=code, same=same / max(masked, 1.0), updates=self.updates

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tasks.speech.published import adapt_pretrain, size_hint
 from tasks.speech.quantizer import Quantizer
-from tasks.speech.wav2vec2 import Wav2Vec2, valid_of
+from tasks.speech.wav2vec2 import FIXED_BY_WEIGHTS, Wav2Vec2, valid_of
 
 
 class PretrainOutput(NamedTuple):
@@ -127,12 +127,14 @@ class ForPretraining(nn.Module):
             frames_B = torch.full((batch,), size, device=audio_BS.device)
         return PretrainOutput(
             context_BMC=self.final_proj(at_frames(context_BTC, at_BM)),
-            target_BMC=self.project_q(chosen.vectors),
+            target_BMC=self.project_q(chosen.vectors.to(self.project_q.weight.dtype)),
             codes_BMG=chosen.codes,
             probs_BMGV=chosen.probs,
             features_BTC=features_BTC,
             frames_B=frames_B,
         )
+
+    fixed_by_weights = FIXED_BY_WEIGHTS
 
     def layer_of(self, name: str) -> int:
         """The depth of a parameter, for layer-wise learning rates: what reads the context is last.

@@ -26,6 +26,8 @@ from tasks.speech.split import REPAIR, AudioOptions, AudioSplit, Places
 from tasks.speech.text import LABELS, normalise
 from tasks.speech.wav2vec2 import frames_of
 
+LITTLE_KEPT = 0.9  # of the audio, when clips are cropped to like length
+
 
 @dataclass(frozen=True)
 class Listing:
@@ -183,6 +185,12 @@ def make_splits(
             seed=seed,
             train=split == "train",
             words=words,
+        )
+    train = splits["train"]
+    if train.cropped and train.share < LITTLE_KEPT:
+        said.append(
+            f"data.pad=false keeps {train.share:.0%} of the training audio, cropped to the "
+            "shortest clip of each bucket; a smaller data.batch_seconds keeps more"
         )
     info = describe(splits, about=about, words=words, notes=said)
     return Splits(splits["train"], splits["val"], splits["test"], info)

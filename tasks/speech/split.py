@@ -41,8 +41,8 @@ class AudioOptions(DataOptions):
     """What the options of every audio set have.
 
     batch_size: the most clips of an optimizer step, over all processes and accumulation steps.
-    batch_seconds: the most padded seconds of audio of that step. drop_last: not used; every clip
-        is in one batch of an epoch.
+    batch_seconds: the most padded seconds of audio of that step. drop_last: false; every clip is in
+        one batch of an epoch.
     crop_seconds: longer clips are cropped, in training at a random place; None: never. For CTC,
         which needs all that its transcript says, longer training clips are left out.
     min_seconds: shorter clips are left out.
@@ -58,6 +58,7 @@ class AudioOptions(DataOptions):
     by_length: ClassVar[bool] = True  # suite.checks: batch_size need not divide by the processes
 
     batch_size: int = 64
+    drop_last: bool = False
     batch_seconds: float = 32.0
     crop_seconds: float | None = None
     min_seconds: float = 0.5
@@ -70,6 +71,8 @@ class AudioOptions(DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.drop_last:
+            raise ValueError("drop_last must be false: every clip is in one batch of an epoch")
         shortest = RECEPTIVE / SAMPLE_RATE
         if not (math.isfinite(self.batch_seconds) and self.batch_seconds > 0):
             raise ValueError(f"batch_seconds must be above 0, got {self.batch_seconds}")
@@ -78,9 +81,9 @@ class AudioOptions(DataOptions):
                 f"min_seconds must be at least {shortest:g}, one frame of the model, got "
                 f"{self.min_seconds}"
             )
-        if self.crop_seconds is not None and not self.crop_seconds >= self.min_seconds:
+        if self.crop_seconds is not None and not (self.min_seconds <= self.crop_seconds < math.inf):
             raise ValueError(
-                f"crop_seconds must be at least min_seconds, {self.min_seconds:g}, got "
+                f"crop_seconds must be a number from min_seconds, {self.min_seconds:g}, got "
                 f"{self.crop_seconds}"
             )
 
@@ -104,7 +107,8 @@ class AudioSplit:
     """Those of `clips` whose numbers are in `places`.
 
     lengths: [N] samples that a batch holds of each. words: batches hold the transcripts, and no
-    clip is cropped. skips: whether rows may turn out to be unreadable (on_error=skip).
+    clip is cropped. by_class: clips are in order of speakers. skips: whether rows may turn out to
+    be unreadable (on_error=skip).
     """
 
     def __init__(
@@ -129,14 +133,18 @@ class AudioSplit:
             budget=options.batch_seconds * SAMPLE_RATE,
             max_rows=options.batch_size if train else options.eval_batch_size or options.batch_size,
             seed=seed,
-            advice="raise data.batch_seconds"
+            advice="raise data.batch_seconds (and data.batch_size)"
             + ("" if words else ", or crop the clips with data.crop_seconds"),
         )
         self.cropped = train and not options.pad and not words
+        self.share = 1.0  # of the audio that is in the batches
         if self.cropped:
+            self.share = float(self.buckets.crop_to.sum() / max(1, self.lengths.sum()))
             self.lengths = self.buckets.crop_to
         self.shortest = options.min_samples
         self.named: set[str] = set()  # files that this process has warned of
+
+    by_class = True
 
     def __len__(self) -> int:
         return len(self.places)

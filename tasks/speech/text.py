@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from string import ascii_letters
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ LABELS = "-|ETAONIHSRDLUMWCFGYPBVK'XJQZ"  # 0: the blank of CTC; 1: between word
 BLANK, SPACE = 0, 1
 _IDS = {label: i for i, label in enumerate(LABELS) if i not in (BLANK, SPACE)} | {" ": SPACE}
 _TYPOGRAPHIC = str.maketrans({"’": "'"})
+_ALLOWED = frozenset(ascii_letters + "' ")
 
 
 def normalise(text: str) -> str:
@@ -27,14 +29,15 @@ def normalise(text: str) -> str:
     Raises ValueError naming the first character that is neither a letter A-Z, an apostrophe nor a
     space: what digits and signs are read as is for whoever made the transcript to say.
     """
-    found = " ".join(text.translate(_TYPOGRAPHIC).upper().split())
-    for character in found:
-        if character not in _IDS:
-            raise ValueError(
-                f"{character!r} is none of the letters A-Z, apostrophe and space: write numbers "
-                "and signs as words, and leave punctuation out"
-            )
-    return found
+    found = " ".join(text.translate(_TYPOGRAPHIC).split())
+    # before upper(), which makes of "ß" two letters that nobody wrote
+    if odd := set(found) - _ALLOWED:
+        first = next(character for character in found if character in odd)
+        raise ValueError(
+            f"{first!r} is none of the letters A-Z, apostrophe and space: write numbers and signs "
+            "as words, and leave punctuation out"
+        )
+    return found.upper()
 
 
 def encode(text: str) -> list[int]:

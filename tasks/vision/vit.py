@@ -252,6 +252,8 @@ class ViT(nn.Module):
             return 0
         return int(rest.partition(".")[0]) + 1 if first == "blocks" else len(self.blocks) + 1
 
+    fixed_by_weights = ("heads",)  # options that no name or shape of a weight shows
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that are not decayed besides norms and biases (timm's list)."""
         return {name for name in ("pos_embed", "cls_token") if getattr(self, name) is not None}

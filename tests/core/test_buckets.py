@@ -130,6 +130,21 @@ def test_an_empty_training_split_is_refused() -> None:
         sampler(made, rank=0, world=1)
 
 
+def test_what_fills_no_batch_does_not_shorten_the_others() -> None:
+    long, short = np.full(100, 160_000), np.full(37, 16_000)
+    made = LengthBuckets(np.concatenate([long, short]), budget=1.6e6, max_rows=64, seed=0)
+    assert made.crop_to.sum() == made.lengths.sum()
+    alike = LengthBuckets(np.array([100] * 10 + [80] * 2), budget=1000, max_rows=64, seed=0)
+    assert [len(b) for b in alike.buckets] == [12]
+
+
+def test_processes_without_a_row_of_any_batch_are_refused() -> None:
+    made = LengthBuckets(np.full(40, 100), budget=1e6, max_rows=4, seed=0)
+    with pytest.raises(ConfigError, match="has only 4"):
+        sampler(made, rank=0, world=8)
+    assert len(sampler(made, rank=0, world=4)) == 10
+
+
 def test_crops_are_to_the_shortest_of_a_bucket() -> None:
     made = buckets()
     for bucket in made.buckets:

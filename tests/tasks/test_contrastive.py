@@ -135,3 +135,9 @@ def test_perplexity_of_a_set_is_of_its_summed_counts_not_a_mean_of_batches() -> 
         counts[0, code] = 5
         metric.update(code_GV=counts, prob_GV=torch.ones(1, 4))
     assert float(metric.compute()) == pytest.approx(4.0)
+
+
+def test_a_context_that_says_nothing_hits_nothing() -> None:
+    parts = example(codes=50)
+    parts["context_BMC"] = torch.zeros_like(parts["context_BMC"])
+    assert not info_nce(**parts, temperature=0.1).hit_BM.any()

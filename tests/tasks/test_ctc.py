@@ -289,3 +289,22 @@ def test_the_alarm_leaves_a_network_alone_that_reads() -> None:
 def test_an_option_out_of_range_names_itself(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{field} "):
         CTCTaskOptions(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "updates", "said"),
+    [
+        ({"init_from": None, "freeze_extractor": True}, 0, "the convolutions keep their random"),
+        ({"init_from": None, "freeze_extractor": False}, 5, "the head reads random features"),
+        ({"init_from": "pre", "freeze_extractor": True}, 5, None),
+        ({"init_from": None, "freeze_extractor": False}, 0, None),
+    ],
+)
+def test_freezing_what_nobody_has_trained_is_said(
+    settings: dict[str, Any], updates: int, said: str | None
+) -> None:
+    made = module(freeze_updates=updates)
+    made.identity = {"config": {"model": settings}}
+    found = made._untaught()
+    assert (found is None) == (said is None)
+    assert said is None or said in str(found)

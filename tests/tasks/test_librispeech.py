@@ -174,6 +174,11 @@ WRONG = {
         {"train": "train-clean-100,dev-other"},
         r"^data\.val=dev-other: it is in data\.train too",
     ),
+    "trained on a folder around it": (
+        None,
+        {"train": "."},
+        r"^data\.val=dev-other: \d+ of its clips are in data\.train too",
+    ),
 }
 
 

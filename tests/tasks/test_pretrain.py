@@ -112,6 +112,25 @@ def slow_loss(made: Pretrain, given: dict[str, Tensor]) -> tuple[float, int]:
     return info + count * (0.1 * (size - spread) / size + 10 * penalty), count
 
 
+def test_chance_is_that_of_one_who_guesses_among_different_codes(splits: Splits) -> None:
+    made, given = module(splits), batch(splits)
+    with torch.no_grad():
+        out = made.step(given, "val")
+    draws = drawn(made, given, seed=0)
+    with torch.no_grad():
+        codes = made.model(
+            given["audio"], given["length"], mask_BT=draws["mask"], at_BM=draws["at"]
+        ).codes_BMG
+    guesses = []
+    for b in range(3):
+        for m in range(int(draws["used"][b].sum())):
+            others = codes[b, draws["others"][b, m]]
+            guesses.append(1 + int((others != codes[b, m]).any(-1).sum()))
+    found = float(out.logs["chance_bits"]) / float(out.count)
+    assert found == pytest.approx(sum(map(math.log2, guesses)) / len(guesses), rel=1e-5)
+    assert found < chance_bits(made.negatives)
+
+
 def similar(a: Tensor, b: Tensor) -> float:
     return float(torch.cosine_similarity(a, b, dim=0)) / 0.1
 

@@ -215,6 +215,11 @@ def test_a_pre_training_is_no_fine_tuning_and_another_norm_is_refused(
     shutil.copy("pre/checkpoints/last.ckpt", "file.ckpt")
     assert main([*CTC, "norm=dyt", "evaluate=file.ckpt"]) == 2
     assert "missing head.weight, head.bias" in one_line(capsys)
+    for field, value, was in (("heads", "1", "2"), ("pre_norm", "false", "true")):
+        same = [token for token in CTC if not token.startswith(f"model.{field}=")]
+        changed = [*same, *few, "norm=dyt", "model.init_from=pre", f"model.{field}={value}"]
+        assert main([*changed, "run.dir=tuned"]) == 2
+        assert f"was trained with model.{field}={was}" in one_line(capsys)
     start = [*CTC, *few, "norm=layernorm", "model.init_from=pre"]
     assert main([*start, "run.dir=tuned"]) == 2
     assert "norm=dyt" in one_line(capsys)
@@ -424,7 +429,9 @@ WRONG = {
         "a batch of the longest examples has only 1",
     ),
     "too short": (["data.min_seconds=30"], "20 shorter than data.min_seconds=30"),
-    "crop": (["data.crop_seconds=0.1"], "data.crop_seconds=0.1: must be at least min_seconds"),
+    "crop": (["data.crop_seconds=0.1"], "data.crop_seconds=0.1: must be a number from min_seconds"),
+    "endless crop": (["data.crop_seconds=.inf"], "must be a number from min_seconds"),
+    "clips left out": (["data.drop_last=true"], "data.drop_last=true: must be false"),
     "cropped words": (["data.pad=false"], "data.pad=false crops training clips"),
     "heads": (["model.heads=3"], "model.heads=3: must divide dim (16)"),
     "site": (["model.keep_sites=[nowhere]"], "may hold stem, embed, attn, ffn, final"),

@@ -34,7 +34,14 @@ def test_a_transcript_comes_back_in_upper_case_with_single_spaces() -> None:
 
 @pytest.mark.parametrize(
     ("text", "wrong"),
-    [("2 clubs", "'2'"), ("café", "'É'"), ("a|b", "'|'"), ("a-b", "'-'"), ("well, yes", "','")],
+    [
+        ("2 clubs", "'2'"),
+        ("café", "'é'"),
+        ("straße", "'ß'"),
+        ("a|b", "'|'"),
+        ("a-b", "'-'"),
+        ("well, yes", "','"),
+    ],
 )
 def test_what_is_no_letter_is_named(text: str, wrong: str) -> None:
     for function in (normalise, encode):

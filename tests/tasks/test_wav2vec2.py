@@ -50,6 +50,23 @@ def shaken(model: nn.Module, by: float = 0.2) -> Any:
     return model.eval()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("norm", ["layernorm", "dyt"])
+def test_pre_training_runs_in_one_precision(norm: str, dtype: torch.dtype) -> None:
+    model = pretrain(norm).to(dtype)
+    audio = torch.randn(2, 4000).to(dtype)
+    frames = int(frames_of(4000))
+    out = model(
+        audio,
+        mask_BT=torch.ones(2, frames, dtype=torch.bool),
+        at_BM=torch.arange(frames).expand(2, -1),
+        noise_BMGV=torch.zeros(2, frames, 2, 8),
+    )
+    assert out.context_BMC.dtype == out.target_BMC.dtype == dtype
+    (out.context_BMC * out.target_BMC).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def pretrain(norm: str = "layernorm", **options: Any) -> ForPretraining:
     torch.manual_seed(0)
     chosen = PretrainOptions(**(SMALL | {"codes": 8, "code_dim": 8} | options))
