@@ -1,5 +1,6 @@
-"""Fine-tuning of wav2vec 2.0 with CTC (arXiv 2006.11477, section 3.3; CTC: Graves et al., 2006,
-doi:10.1145/1143844.1143891), and training with CTC from scratch.
+"""wav2vec 2.0 with CTC: fine-tuned from a pre-training, or trained from scratch.
+
+Sources: arXiv 2006.11477, section 3.3; CTC: Graves et al., 2006, doi:10.1145/1143844.1143891.
 
 loss = sum of -log p(transcript | audio) / utterances, over all processes and accumulation steps, as
 fairseq 3d262bb25690 with sentence_avg. Spans of frames and of channels are masked in training; both
