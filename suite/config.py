@@ -32,6 +32,7 @@ from suite.checks import check, check_devices, check_run_dir, world_size
 from suite.cli import BASE, CHOICES, SECTIONS, Setting
 from suite.errors import ConfigError
 from suite.fields import (
+    changed,
     field_names,
     is_group,
     is_text_literal,
@@ -181,16 +182,6 @@ def _choose(
         chosen[key] = (name, _fill(f"{key}={name}", options, settings, table=table))
     _try_norm(*chosen["norm"])
     return chosen, notes
-
-
-def changed(settings: Sequence[Setting], options: Any) -> list[str]:
-    """The keys whose value is not what `options`, if known, has anyway."""
-    missing = object()
-    return [
-        setting.key
-        for setting in settings
-        if len(setting.path) > 2 or getattr(options, setting.path[1], missing) != setting.value
-    ]
 
 
 def _norm_table() -> Mapping[str, Any]:

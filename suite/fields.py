@@ -9,7 +9,7 @@ import dataclasses
 import json
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
 from suite import cli
@@ -116,3 +116,13 @@ def shared(
     for setting in settings:
         if setting.path[1] in field_names(options) or setting.path[1] not in elsewhere:
             yield setting
+
+
+def changed(settings: Sequence[Setting], options: Any) -> list[str]:
+    """The keys whose value is not what `options`, if known, has anyway."""
+    missing = object()
+    return [
+        setting.key
+        for setting in settings
+        if len(setting.path) > 2 or getattr(options, setting.path[1], missing) != setting.value
+    ]

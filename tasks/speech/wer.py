@@ -9,6 +9,7 @@ Shapes: B utterances, L letters, zero-padded; W words or letters of the longest 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -77,9 +78,9 @@ class ErrorRate(Metric):
         for name in ("errors", "total"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
+    @abstractmethod
     def symbols(self, text: str) -> Sequence[str]:
         """What of a transcript is compared."""
-        raise NotImplementedError
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """preds, target: [B, L] letter ids, zero-padded."""
