@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tasks.speech.published import adapt_ctc, size_hint
-from tasks.speech.wav2vec2 import FIXED_BY_WEIGHTS, Wav2Vec2, valid_of
+from tasks.speech.published import adapt_ctc
+from tasks.speech.speech_model import SpeechModel
+from tasks.speech.wav2vec2 import Wav2Vec2, valid_of
 
 
 class _WithoutGradient(torch.autograd.Function):
@@ -32,7 +33,7 @@ class _WithoutGradient(torch.autograd.Function):
         return (None, *(torch.zeros_like(p) for p in ctx.saved_tensors))
 
 
-class ForCTC(nn.Module):
+class ForCTC(SpeechModel):
     """See `forward`. encoder_depth: layers; layer_drop: the share that an update leaves out.
 
     dim: channels of the Transformer; letters: labels of the head, the blank among them.
@@ -118,18 +119,6 @@ class ForCTC(nn.Module):
             if not name.startswith("head."):
                 yield parameter
 
-    fixed_by_weights = FIXED_BY_WEIGHTS
-
-    def layer_of(self, name: str) -> int:
-        """The depth of a parameter, for layer-wise learning rates: the head is last."""
-        if name.startswith("wav2vec2."):
-            return self.wav2vec2.layer_of(name)
-        return 0 if name == "mask_embedding" else self.encoder_depth + 1
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed besides norms and biases."""
-        return {"mask_embedding"}
-
     def adapt(
         self, state: Mapping[str, Tensor], *, whole: bool
     ) -> tuple[dict[str, Tensor], list[str]]:
@@ -139,7 +128,3 @@ class ForCTC(nn.Module):
         quantizer is left out and for which the head keeps its first values.
         """
         return adapt_ctc(self, state, whole=whole)
-
-    def weights_hint(self, names: set[str]) -> str:
-        """What to set so that a file with these names fits; empty if that is not the matter."""
-        return size_hint(set(self.state_dict()), names)

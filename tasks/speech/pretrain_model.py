@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tasks.speech.published import adapt_pretrain, size_hint
+from tasks.speech.published import adapt_pretrain
 from tasks.speech.quantizer import Quantizer
-from tasks.speech.wav2vec2 import FIXED_BY_WEIGHTS, Wav2Vec2, valid_of
+from tasks.speech.speech_model import SpeechModel
+from tasks.speech.wav2vec2 import Wav2Vec2, valid_of
 
 
 class PretrainOutput(NamedTuple):
@@ -63,7 +64,7 @@ def at_frames(x_BTC: Tensor, at_BM: Tensor) -> Tensor:
     return x_BTC.gather(1, at_BM.unsqueeze(-1).expand(-1, -1, x_BTC.shape[-1]))
 
 
-class ForPretraining(nn.Module):
+class ForPretraining(SpeechModel):
     """See `forward`. encoder_depth: layers; layer_drop: the share that an update leaves out.
 
     features: channels of the extractor; dim: of the Transformer; code_dim: of a target.
@@ -134,28 +135,9 @@ class ForPretraining(nn.Module):
             frames_B=frames_B,
         )
 
-    fixed_by_weights = FIXED_BY_WEIGHTS
-
-    def layer_of(self, name: str) -> int:
-        """The depth of a parameter, for layer-wise learning rates: what reads the context is last.
-
-        The quantizer is too: it stands beside the Transformer, not in front of it.
-        """
-        if name.startswith("wav2vec2."):
-            return self.wav2vec2.layer_of(name)
-        return 0 if name == "mask_embedding" else self.encoder_depth + 1
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are not decayed besides norms and biases."""
-        return {"mask_embedding"}
-
     def adapt(
         self, state: Mapping[str, Tensor], *, whole: bool
     ) -> tuple[dict[str, Tensor], list[str]]:
         """Tensors of a file under this model's names, and notes. whole: nothing is filled in here
         either way."""
         return adapt_pretrain(self, state)
-
-    def weights_hint(self, names: set[str]) -> str:
-        """What to set so that a file with these names fits; empty if that is not the matter."""
-        return size_hint(set(self.state_dict()), names)

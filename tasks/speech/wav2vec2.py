@@ -30,8 +30,6 @@ RATE = 16_000  # samples a second
 STRIDES = ((10, 5), *((3, 2),) * 4, *((2, 2),) * 2)  # kernel and stride of each convolution
 HOP = 320  # samples from frame to frame
 RECEPTIVE = 400  # samples that one frame sees: what is shorter has no frame
-# options that no name or shape of a weight shows
-FIXED_BY_WEIGHTS = ("extractor", "heads", "keep_sites", "pos_groups", "pre_norm")
 SITES = ("stem", "embed", "attn", "ffn", "final")
 
 Length = TypeVar("Length", int, Tensor)
