@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from suite.errors import ConfigError, DataError, DivergedError
-from suite.registry import check_choice
+from suite.registry import benches, check_choice, load_bench
 from suite.train import INTERRUPTED, complain, say
 
 if TYPE_CHECKING:
@@ -106,10 +106,16 @@ def settled(argv: Sequence[str], *, command: str) -> Config:
     return loaded.settled
 
 
+def of_domain(name: str) -> Callable[[Sequence[str]], int]:
+    """A command that a domain brings; its module is imported when it runs."""
+    return lambda argv: load_bench(name)(argv)
+
+
 COMMANDS: dict[str, Command] = {
     "step": Command(step, "a training step of the suite against a plain PyTorch loop"),
     "loading": Command(loading, "the suite's decoding and augmenting against a plain loader"),
     "reference": Command(reference, "a training step of a task against the field's own code"),
+    **{name: Command(of_domain(name), text) for name, (_, text) in benches().items()},
 }
 
 

@@ -112,6 +112,12 @@ def build_model(config: Config, spec: TaskSpec, factory: NormFactory, splits: Sp
         raise ConfigError(
             f"model={config.model_name} with norm={config.norm_name}: {error}"
         ) from error
+    if getattr(model, "causal", False) and not factory.causal:
+        raise ConfigError(
+            f"norm={config.norm_name}: its statistics look across positions, so that "
+            f"model={config.model_name} would see what it has to predict; take a norm of each "
+            "position such as layernorm, rmsnorm, dyt or derf"
+        )
     kept = [path for path, _ in getattr(model, "kept", ())]  # model.keep, as replace_norms took it
     sites = kept_sites(config, spec)
     leftover = foreign_norms(model, factory, keep_sites=sites, keep=kept)
@@ -231,7 +237,7 @@ def build_callbacks(config: Config, spec: TaskSpec, folder: Path | None) -> list
     callbacks: list[Callback] = [
         NonFiniteGuard(),
         Throughput(spec.unit),
-        PrimaryTracker(f"{split}/{name}", direction, best),
+        PrimaryTracker(f"{split}/{name}", direction, best, patience=config.run.patience),
     ]
     if config.run.norm_stats:
         callbacks.append(

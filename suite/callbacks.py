@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor, nn
 
+from suite.cache import say_once
 from suite.checkpoint import read_checkpoint
 from suite.errors import DivergedError
 from suite.module import Batch, Observer, SuiteModule
@@ -334,10 +335,14 @@ class PrimaryTracker(Callback):
     It saves the best to `path` itself, so that record and file tell of the same weights:
     ModelCheckpoint forgets its best score when a folder is moved, counts NaN otherwise and misses
     the validation after the last step. None: nothing is saved.
+    patience: validations without a new best that end the training; None: it goes on.
     """
 
-    def __init__(self, key: str, direction: str, path: Path | None = None) -> None:
+    def __init__(
+        self, key: str, direction: str, path: Path | None = None, *, patience: int | None = None
+    ) -> None:
         self.key, self.sign, self.path = key, 1.0 if direction == "max" else -1.0, path
+        self.patience, self.waited = patience, 0
         self.best: float | None = None
         self.best_step: int | None = None
         self.last: float | None = None
@@ -351,8 +356,13 @@ class PrimaryTracker(Callback):
     def note(self, trainer: L.Trainer) -> None:
         """Take the validation that has just ended, and save the weights if it is the best."""
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
-        if self.take(found, trainer.global_step) and self.path is not None:
+        better = self.take(found, trainer.global_step)
+        self.waited = 0 if better else self.waited + 1
+        if better and self.path is not None:
             trainer.save_checkpoint(self.path)
+        if self.patience is not None and self.waited >= self.patience:
+            trainer.should_stop = True  # every process has the same values
+            say_once(f"no new best in {self.waited} validations: training ends here")
 
     def take(self, values: Mapping[str, float], step: int) -> bool:
         """Note the metrics of a validation; whether they are the best so far."""
@@ -369,11 +379,12 @@ class PrimaryTracker(Callback):
         return better
 
     def state_dict(self) -> dict[str, Any]:
-        return {k: getattr(self, k) for k in ("best", "best_step", "last", "last_step", "metrics")}
+        kept = ("best", "best_step", "last", "last_step", "metrics", "waited")
+        return {k: getattr(self, k) for k in kept}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for key in self.state_dict():
-            setattr(self, key, state_dict[key])
+            setattr(self, key, state_dict.get(key, getattr(self, key)))
         if self.path is not None and self.path.is_file():  # it may be later than last.ckpt
             held = read_checkpoint(self.path).get("callbacks", {}).get(self.state_key, {})
             self.take(held.get("metrics", {}), held.get("best_step", 0))

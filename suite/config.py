@@ -68,6 +68,7 @@ __all__ = [
 INCOMPARABLE = (
     *("norm", "seed", "recipe", "data.num_workers", "data.eval_batch_size"),
     *("data.root", "data.cache", "data.download"),  # data.sha256 says what was read
+    *("data.fasta", "data.bed", "model.scan", "model.conv", "model.checkpoint"),
     *("run.dir", "run.resume", "run.save_every_n_steps", "run.dist_timeout", "run.compile"),
     *("run.eval_split", "run.tensorboard", "run.norm_stats"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),

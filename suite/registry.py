@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -35,6 +35,8 @@ class Choice:
     """One entry that `model=` or `data=` may name.
 
     options: a frozen dataclass instance that holds the entry's defaults.
+    causal: of a model: by default no position of it may see a later one, so that norms that look
+        across positions are refused (suite.build).
     build: model: build(options, *, norm, data) -> nn.Module; data: build(options, *, seed) ->
     Splits.
     help: one line for `--list`.
@@ -43,6 +45,7 @@ class Choice:
     options: Any
     build: Callable[..., Any]
     help: str = ""
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,19 @@ def task_names() -> tuple[str, ...]:
     from tasks import NAMES
 
     return NAMES
+
+
+def benches() -> dict[str, tuple[str, str]]:
+    """Commands of suite.bench that a domain brings: name -> (module, help). Imports no task."""
+    from tasks import BENCHES
+
+    return dict(BENCHES)
+
+
+def load_bench(name: str) -> Callable[[Sequence[str]], int]:
+    """Import the module behind a command of `benches` and return its run(argv) -> exit code."""
+    run: Callable[[Sequence[str]], int] = importlib.import_module(benches()[name][0]).run
+    return run
 
 
 def load_task(name: str) -> TaskSpec:

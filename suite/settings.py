@@ -232,6 +232,7 @@ class RunConfig:
     dir: its folder; null numbers a new one, runs/<task>/<model>-<norm>-seed<k>-<n>.
     resume: "never", or the folder or checkpoint of the run to go on with.
     save_every_n_steps: write checkpoints/last.ckpt every so many steps, besides after each epoch.
+    patience: validations without a new best after which training ends; null trains to the end.
     dist_timeout: seconds that a process waits for the others before it gives up.
     compile: false, or a mode of torch.compile.
     matmul_precision: of float32 matrix products on a GPU: "high" is TF32 on NVIDIA's, which the
@@ -243,6 +244,7 @@ class RunConfig:
     dir: str | None = None
     resume: str = "never"
     save_every_n_steps: int | None = None
+    patience: int | None = None
     dist_timeout: int = 600
     compile: bool | str = False
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
@@ -252,7 +254,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value out of range."""
-        _at_least(self, 1, "dist_timeout", "save_every_n_steps")
+        _at_least(self, 1, "dist_timeout", "save_every_n_steps", "patience")
         _one_of(self, "matmul_precision", ("highest", "high", "medium"))
         if self.compile is True:
             object.__setattr__(self, "compile", "default")

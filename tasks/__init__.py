@@ -4,4 +4,11 @@ SPEC.
 Adding a task is a folder and one word here; nothing is imported until a task is chosen.
 """
 
-NAMES = ("vision/classify", "speech/pretrain", "speech/ctc")
+NAMES = ("vision/classify", "speech/pretrain", "speech/ctc", "dna/pretrain", "dna/classify")
+
+BENCHES = {
+    "scan": ("tasks.dna.scan_bench", "the selective scan of Caduceus against other formulas"),
+    "longconv": ("tasks.dna.longconv_bench", "HyenaDNA's long convolution against other ones"),
+}
+"""Commands of `python -m suite.bench` that only a domain knows: the module whose run(argv) returns
+an exit code, and a line of help."""

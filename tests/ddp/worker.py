@@ -18,6 +18,9 @@ import torch
 from suite.data import Splits
 from suite.registry import Choice, load_task
 from suite.train import main
+from tasks.dna.genome import GenomeOptions
+from tasks.dna.labelled import LabelledOptions
+from tasks.dna.tokens import PAD
 from tasks.speech.split import AudioOptions, AudioSplit
 from tasks.vision.augment import VisionDataOptions
 from tasks.vision.fashion_mnist import build_mini
@@ -77,6 +80,38 @@ def build_first_clips(options: FirstClipsOptions, *, seed: int, build: Any) -> S
     return Splits(**parts, info=replace(whole.info, name="first", sizes=sizes))
 
 
+@dataclass(frozen=True)
+class FirstWindowsOptions(GenomeOptions):
+    """The first `size` windows of each split of the yeast genome, some of them cut short."""
+
+    size: int = 7
+
+
+@dataclass(frozen=True)
+class FirstSequencesOptions(LabelledOptions):
+    """The first `size` sequences of each split, some of them cut short."""
+
+    size: int = 7
+
+
+class FirstCut(First):
+    """The first rows of a split; every third loses its end, so that batches hold padding."""
+
+    def fetch(self, indices: list[int], *, epoch: int, train: bool) -> dict[str, torch.Tensor]:
+        batch = super().fetch(indices, epoch=epoch, train=train)
+        for row, index in enumerate(indices):
+            if index % 3 == 0:
+                batch["ids"][row, 20 + index :] = PAD
+        return batch
+
+
+def build_first_rows(options: Any, *, seed: int, build: Any, extra: Any) -> Splits:
+    whole = build(options, seed=seed)
+    sizes = dict.fromkeys(("train", "val", "test"), options.size)
+    info = replace(whole.info, name="first", sizes=sizes, extra={**whole.info.extra, **extra})
+    return Splits(*(FirstCut(getattr(whole, name), options.size) for name in sizes), info)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     table = load_task("vision/classify").data
@@ -85,6 +120,14 @@ if __name__ == "__main__":
         table = load_task(task).data
         build = partial(build_first_clips, build=next(iter(table.values())).build)
         table["first"] = Choice(FirstClipsOptions(), build, "the first clips")  # type: ignore[index]
+    for task, options in (
+        ("dna/pretrain", FirstWindowsOptions(length=48)),
+        ("dna/classify", FirstSequencesOptions()),
+    ):
+        table = load_task(task).data
+        first = next(iter(table.values())).build
+        build = partial(build_first_rows, build=first, extra={"padded": True})
+        table["first"] = Choice(options, build, "the first rows")  # type: ignore[index]
     for arguments in json.loads(Path(sys.argv[1]).read_text()):
         code = main(arguments)
         if code:

@@ -1,0 +1,1 @@
+"""DNA: HyenaDNA and Caduceus, pre-training and classification, under any norm."""
