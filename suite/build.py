@@ -191,6 +191,20 @@ def build_parts(config: Config, *, processes: int) -> Parts:
     return Parts(config, spec, factory, module, data, notes)
 
 
+def check_model(parts: Parts, trainer: L.Trainer) -> None:
+    """Raise ConfigError where the model says that it cannot run on the trainer's device.
+
+    A model may have check_device(device), which raises ValueError.
+    """
+    check = getattr(parts.module.model, "check_device", None)
+    if check is None:
+        return
+    try:
+        check(trainer.strategy.root_device)
+    except ValueError as error:
+        raise ConfigError(f"model={parts.config.model_name}: {error}") from error
+
+
 def epoch_batches(config: Config, data: SuiteDataModule, *, processes: int) -> int:
     """Micro-batches of an epoch. Raises ConfigError where the data has not one whole batch."""
     trainer, found = config.trainer, len(data.train_sampler(rank=0, world_size=processes))

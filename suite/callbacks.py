@@ -349,6 +349,10 @@ class PrimaryTracker(Callback):
         self.last_step: int | None = None
         self.metrics: dict[str, float] = {}
 
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.patience is not None and self.waited >= self.patience:
+            trainer.should_stop = True  # a run that had ended so, resumed
+
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self.note(trainer)

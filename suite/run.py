@@ -21,6 +21,7 @@ from suite.build import (
     build_callbacks,
     build_parts,
     build_trainer,
+    check_model,
     parameter_count,
     quiet,
 )
@@ -137,6 +138,7 @@ def train(config: Config, *, command: str) -> int:
     parts = build_parts(config, processes=processes)
     callbacks = build_callbacks(config, parts.spec, folder)
     trainer = build_trainer(config, processes=processes, callbacks=callbacks, folder=folder)
+    check_model(parts, trainer)
     record = Record(config, parts, trainer, folder, command, started, {})
     if resume is None:
         initialise(parts)

@@ -16,6 +16,7 @@ from suite.build import (
     build_norm,
     build_parts,
     build_trainer,
+    check_model,
     meta_size,
     quiet,
 )
@@ -40,6 +41,7 @@ def evaluate(config: Config) -> int:
     for note in read_weights(model, file, norm=norm, key="evaluate", options=config.model):
         say(f"note: {note}")
     trainer = build_trainer(config, processes=processes, callbacks=[], folder=None)
+    check_model(parts, trainer)
     introduce(parts, trainer, None)
     split = config.run.eval_split
     measure = trainer.validate if split == "val" else trainer.test
@@ -85,6 +87,7 @@ def dry_run(config: Config) -> int:
             fast_dev_run=1,
             default_root_dir=folder,
         )
+        check_model(parts, trainer)
         introduce(parts, trainer, None)
         with Children(trainer):
             fit(parts, trainer, None)

@@ -38,9 +38,13 @@ class Found:
 def compare(splits: Splits, values: Mapping[str, float], *, causal: bool) -> Found:
     """Rows beside `values`, the metrics of the whole test split.
 
-    causal: against models that see the left context; else against two-sided ones, which see every
-    neighbour unmasked. Nothing where a split's bases are not at hand, or too many.
+    causal: against models that see the left context; else, for the bases shown as [MASK], against
+    two-sided ones, which see every neighbour unmasked. Nothing where a split's bases are not at
+    hand, or too many.
     """
+    name = "bits_per_base" if causal else "bits_per_base_hidden"
+    if (bits := values.get(f"test/{name}")) is None:
+        return Found()  # a masked network that nothing was hidden from
     parts = [splits.train, splits.val, splits.test]
     genome = [part for part in parts if isinstance(part, GenomeSplit)]
     if len(genome) < len(parts) or sum(part.bases for part in genome) > LARGEST:
@@ -56,8 +60,8 @@ def compare(splits: Splits, values: Mapping[str, float], *, causal: bool) -> Fou
         novel=test.novel,
         cache=test.cache,
     )
-    novel = values.get("test/bits_per_base_novel")
-    return Found(chosen(rows), table(rows, values["test/bits_per_base"], novel))
+    novel = values.get(f"test/{name}_novel")
+    return Found(chosen(rows), table(rows, bits, novel))
 
 
 def chosen(rows: list[Row]) -> dict[str, float]:

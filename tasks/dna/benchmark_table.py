@@ -242,7 +242,7 @@ def notes_of(arm: Arm, runs: Sequence[Run]) -> list[str]:
     notes = []
     seeds = Counter(tuple(cell.tests) for cell in arm.cells.values())
     if len(seeds) > 1:
-        shown = "; ".join(f"{','.join(map(str, some))} in {n} tasks" for some, n in seeds.items())
+        shown = "; ".join(f"{','.join(map(str, some))} in {n} of them" for some, n in seeds.items())
         notes.append(f"{arm.norm}: not all tasks have the same seeds: {shown}")
     varied: dict[str, set[str]] = {}
     for run in runs:

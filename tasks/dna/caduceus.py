@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from suite.norms import NormFactory
 from suite.registry import ModelOptions
 from tasks.dna.mamba import Mamba
-from tasks.dna.scan import BACKENDS, Backend
+from tasks.dna.scan import BACKENDS, Backend, resolve
 from tasks.dna.tokens import ROWS, complement
 
 EPS = 1e-5  # what Caduceus was published with; a norm option overrides it
@@ -96,7 +96,7 @@ PS_1K = CaduceusOptions()
 PS_1K_256 = CaduceusOptions(dim=256)
 PS_32K = CaduceusOptions(dim=256, depth=8)
 PS_131K = CaduceusOptions(dim=256, depth=16)
-PS_TINY = CaduceusOptions(dim=64, depth=2)
+PS_TINY = CaduceusOptions(dim=64, depth=2, tie_head=False, embed_std=1.0)  # for short trainings
 CADUCEUS_SIZES: dict[str, CaduceusOptions] = {
     "caduceus_ps_1k": PS_1K,
     "caduceus_ph_1k": replace(PS_1K, rcps=False),
@@ -194,7 +194,7 @@ class Caduceus(nn.Module):
         self.dim, self.depth = o.dim, o.depth
         self.strands, self.swap = 2 if o.rcps else 1, o.rcps_strand_swap
         self.causal = not o.bidirectional
-        self.wide = o.residual_in_fp32
+        self.wide, self.scan = o.residual_in_fp32, o.scan
         self.together = not norm.causal  # positions that see each other: the strands' do too
         self.embedding = nn.Embedding(ROWS, o.dim)
         nn.init.normal_(self.embedding.weight, std=o.embed_std)
@@ -238,6 +238,10 @@ class Caduceus(nn.Module):
         last = norm_strands(self.norm_f, residual, masks, together=self.together)
         last = [h_BLC.to(self.embedding.weight.dtype) for h_BLC in last]
         return torch.cat([last[0], turned(last[1])], dim=-1) if self.strands == 2 else last[0]
+
+    def check_device(self, device: torch.device) -> None:
+        """Raise ValueError where the chosen scan cannot run on `device`."""
+        resolve(self.scan, device)
 
     def layer_of(self, name: str) -> int:
         """The depth of a parameter: the embedding 0, then the blocks, 1 more for the last norm."""

@@ -106,7 +106,7 @@ class Classify(SuiteModule):
             say(
                 "warning: what a sequence is depends on its strand in this data, and the model "
                 "gives both strands one answer; take a model without rcps (caduceus_ph_tiny, "
-                "hyenadna_tiny_1k), with task.conjoin=false"
+                "hyenadna_tiny), with task.conjoin=false"
             )
 
     def step(self, batch: Batch, split: Split) -> StepOutput:

@@ -68,6 +68,12 @@ class DNAModel(nn.Module):
         """Names of parameters that are not decayed besides norms and biases."""
         return {f"backbone.{name}" for name in self.body.no_weight_decay()}
 
+    def check_device(self, device: torch.device) -> None:
+        """Raise ValueError where the model cannot run on `device`."""
+        check = getattr(self.backbone, "check_device", None)
+        if check is not None:
+            check(device)
+
     def adapt(self, state: Mapping[str, Tensor], *, whole: bool) -> tuple[State, list[str]]:
         """Tensors of a file under this model's names, and notes on what was done."""
         check_traces(state, self.body)

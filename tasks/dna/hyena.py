@@ -49,7 +49,10 @@ class HyenaOptions(ModelOptions):
     modulation_shift: what the filter's decay ends at. short_kernel: taps of the short convolution.
     bidirectional: every position sees every other. dropout: of both residual branches.
     tie_head: the head of pre-training is the embedding.
-    embed_std, init_std: of the first weights of the embedding and of the linear layers.
+    init: first weights of the linear layers, the filter's among them: published (normal, of
+        init_std), or torch's own, with which a filter has a shape from the start and a short
+        training gets further.
+    embed_std, init_std: of the first weights of the embedding, of the linear layers and heads.
     conv: "direct" is exactly causal and takes L * L time. checkpoint: compute blocks again in the
         backward instead of keeping what is in them.
     """
@@ -70,6 +73,7 @@ class HyenaOptions(ModelOptions):
     tie_head: bool = True
     embed_std: float = 0.02
     init_std: float = 0.02
+    init: Literal["published", "torch"] = "published"
     conv: Literal["fft", "direct"] = "fft"
     checkpoint: bool = False
 
@@ -95,6 +99,8 @@ class HyenaOptions(ModelOptions):
                 )
         if not 0 < self.filter_freq < math.inf:
             raise ValueError(f"filter_freq must be a finite number above 0, got {self.filter_freq}")
+        if self.init not in ("published", "torch"):
+            raise ValueError(f"init must be published or torch, got {self.init!r}")
         if self.conv not in CONVS:
             raise ValueError(f"conv must be fft or direct, got {self.conv}")
 
@@ -242,11 +248,12 @@ class HyenaDNA(nn.Module):
         self.blocks = nn.ModuleList(Block(options, norm=norm) for _ in range(options.depth))
         self.dropout = nn.Dropout(options.dropout)
         self.final_norm = norm(options.dim, site="final", eps=EPS)
-        self.initialise(embed_std=options.embed_std, std=options.init_std)
+        nn.init.normal_(self.embedding.weight, std=options.embed_std)
+        if options.init == "published":
+            self.initialise(options.init_std)
 
-    def initialise(self, *, embed_std: float, std: float) -> None:
+    def initialise(self, std: float) -> None:
         """N(0, std), what ends a residual branch less by its number; biases 0. As published."""
-        nn.init.normal_(self.embedding.weight, std=embed_std)
         for name, module in self.blocks.named_modules():
             if isinstance(module, nn.Linear):
                 last = name.endswith(("out_proj", "fc2"))
@@ -289,7 +296,10 @@ def _size(dim: int, *, depth: int, l_max: int, checkpoint: bool = False) -> Hyen
     )
 
 
+# What 1,000 steps on a laptop can train: a filter with a shape from the start, over its windows.
+LAPTOP = HyenaOptions(l_max=514, embed_dropout=0.0, tie_head=False, embed_std=1.0, init="torch")
 HYENA_SIZES = {
+    "hyenadna_tiny": LAPTOP,
     "hyenadna_tiny_1k": _size(128, depth=2, l_max=1026),
     "hyenadna_tiny_1k_d256": _size(256, depth=2, l_max=1026),
     "hyenadna_tiny_16k": _size(128, depth=2, l_max=16_386),

@@ -6,7 +6,8 @@ loss = sum of -log p(base) / bases that are asked for, over all processes and ac
 padding, N and special tokens are never asked for. What is masked follows from (seed, epoch,
 window) in training; in evaluation it is the same for every run. Bits per base are the loss over
 log 2, so that 2 bits is what one pays who knows nothing. At the end a network stands beside Markov
-models of the same genome (tasks/dna/markov.py).
+models of the same genome (tasks/dna/markov.py), a masked one with the bases that it was shown as
+[MASK] alone.
 
 Shapes: B windows, L positions, V rows of the vocabulary.
 """
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from suite.data import Split
-from suite.errors import ConfigError
+from suite.errors import ConfigError, DataError
 from suite.metrics import is_main_process
 from suite.module import Batch, StepOutput, SuiteModule
 from suite.randomness import sample_seeds, uniform_grid
@@ -106,7 +107,7 @@ class Pretrain(SuiteModule):
         if wanted == "causal" and not self.model.causal:
             raise ConfigError(
                 "task.objective=causal: this model sees the base that it is asked for; take "
-                "task.objective=mlm, or a causal model such as model=hyenadna_tiny_1k"
+                "task.objective=mlm, or a causal model such as model=hyenadna_tiny"
             )
         return ("causal" if self.model.causal else "mlm") if wanted == "auto" else str(wanted)
 
@@ -122,9 +123,9 @@ class Pretrain(SuiteModule):
         hits_BL = (logits_BLV.argmax(-1) == ids_BL) & asked_BL
         nats = nats_BL.sum()
         logs = {"bits_per_base": nats.detach() / LN2, "acc": hits_BL.sum()}
-        if (novel_B := batch.get("novel")) is not None:
-            logs["novel_nats"] = nats_BL.sum(1)[novel_B].sum()
-            logs["novel_share"] = asked_BL[novel_B].sum()
+        if split != "train":
+            hidden_BL = None if self.is_causal else asked_BL & (seen_BL == MASK)
+            logs.update(parts_of(nats_BL, asked_BL, hidden_BL, batch.get("novel")))
         units = (batch["ids"] != PAD).sum()
         return StepOutput(nats, asked_BL.sum(), logs=logs, units=units)
 
@@ -155,19 +156,49 @@ class Pretrain(SuiteModule):
         return real_BL
 
     def after_evaluation(self, split: Split, values: dict[str, float]) -> None:
+        if not values[f"{split}/count"]:
+            raise DataError(f"{split}: no base is asked for, its windows hold no A, C, G or T")
         values[f"{split}/perplexity"] = math.exp(min(values[f"{split}/loss"], 700.0))
-        novel = values.pop(f"{split}/novel_nats", None)
-        if novel is not None and (share := values[f"{split}/novel_share"]):
-            values[f"{split}/bits_per_base_novel"] = novel / share / LN2
+        for part in ("novel", "hidden", "hidden_novel"):
+            nats = values.pop(f"{split}/{part}_nats", None)
+            if nats is not None and (share := values[f"{split}/{part}_share"]):
+                values[f"{split}/bits_per_base_{part}"] = nats / share / LN2
         if split == "test" and self.options.baselines and is_main_process():
-            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            limit = data.limits.get("test")
-            if limit not in (None, 1.0):
-                return
-            found = compare(data.splits, values, causal=self.is_causal)
-            values.update(found.values)
-            for line in found.lines:
-                say(line)
+            self._compare(values)
+
+    def _compare(self, values: dict[str, float]) -> None:
+        """Put the Markov baselines beside the figures of a whole test split, and say them."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        limit = data.limits.get("test")
+        if limit is not None and (isinstance(limit, int) or limit < 1):  # 1 is one batch
+            return
+        found = compare(data.splits, values, causal=self.is_causal)
+        values.update(found.values)
+        for line in found.lines:
+            say(line)
+
+
+def parts_of(
+    nats_BL: Tensor, asked_BL: Tensor, hidden_BL: Tensor | None, novel_B: Tensor | None
+) -> dict[str, Tensor]:
+    """Sums of nats and bases over parts of an evaluation.
+
+    novel: windows that repeat nothing of the training set. hidden: bases shown as [MASK]; of the
+    others that are asked for some can be read off, so that only these compare with a model that
+    does not see what it is asked for.
+    """
+    parts = {}
+    if novel_B is not None:
+        parts["novel"] = asked_BL & novel_B.unsqueeze(1)
+    if hidden_BL is not None:
+        parts["hidden"] = hidden_BL
+        if novel_B is not None:
+            parts["hidden_novel"] = hidden_BL & novel_B.unsqueeze(1)
+    sums = {}
+    for name, part_BL in parts.items():
+        sums[f"{name}_nats"] = nats_BL.where(part_BL, 0.0).sum()
+        sums[f"{name}_share"] = part_BL.sum()
+    return sums
 
 
 def cross_entropy(logits_BLV: Tensor, ids_BL: Tensor) -> Tensor:

@@ -223,7 +223,7 @@ def test_unequal_seeds_and_settings_of_tasks_are_said(
     write(task=MOUSE, norm="dyt", max_length=1024)
     _, out, _ = table()
     assert row(out, "mean of 8 tasks")[1] == "86.90 (2-3 seeds)"
-    assert "rmsnorm: not all tasks have the same seeds: 0,1 in 7 tasks; 0,1,2 in 1 tasks" in out
+    assert "rmsnorm: not all tasks have the same seeds: 0,1 in 7 of them; 0,1,2 in 1 of them" in out
     assert "dyt: optim.lr differs between tasks: 0.001, 0.002" in out
     assert "dyt: data.max_length differs between tasks: 1024, 512" in out
     assert "data.task differs" not in out

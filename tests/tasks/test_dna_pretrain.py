@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from suite.build import build_model
 from suite.config import load
 from suite.data import DataInfo, Splits
-from suite.errors import ConfigError
+from suite.errors import ConfigError, DataError
 from suite.norms import NORMS, make_norm
 from suite.randomness import sample_seeds
 from suite.registry import load_task
@@ -140,7 +140,7 @@ def test_loss_over_log_2_is_bits_per_base() -> None:
     plain = F.cross_entropy(logits.flatten(0, 1), rows["ids"].flatten(), reduction="sum")
     torch.testing.assert_close(out.loss_sum, plain)
     torch.testing.assert_close(out.logs["bits_per_base"], plain / math.log(2))
-    values = {"val/loss": 1.2}
+    values = {"val/loss": 1.2, "val/count": 4.0}
     module.after_evaluation("val", values)
     assert values["val/perplexity"] == pytest.approx(math.exp(1.2))
 
@@ -151,11 +151,34 @@ def test_novel_windows_have_bits_of_their_own() -> None:
     out = module.step(rows | {"novel": novel}, "val")
     alone = module.step({k: v[novel] for k, v in rows.items()}, "val")
     count = float(out.count)
-    values = {"val/loss": 1.0, **{f"val/{k}": float(v) / count for k, v in out.logs.items()}}
+    values = {"val/loss": 1.0, "val/count": count}
+    values.update({f"val/{k}": float(v.detach()) / count for k, v in out.logs.items()})
     module.after_evaluation("val", values)
     expected = float(alone.logs["bits_per_base"]) / float(alone.count)
     assert values["val/bits_per_base_novel"] == pytest.approx(expected, rel=1e-6)
     assert "val/novel_nats" not in values
+
+
+def test_hidden_bases_are_those_shown_as_mask() -> None:
+    module, rows = build(Peek(causal=False)), batch(rows=40, size=200)
+    rows["novel"] = torch.arange(40) < 20
+    out = module.step(rows, "val")
+    asked = int(out.count)
+    hidden, novel = int(out.logs["hidden_share"]), int(out.logs["hidden_novel_share"])
+    assert hidden == int((module.model.seen == MASK).sum())
+    assert novel == int((module.model.seen[:20] == MASK).sum())
+    assert abs(hidden / asked - 0.8) < 4 * math.sqrt(0.16 / asked)
+    # what peeks knows nothing of a hidden base, and a part of what else is asked for
+    logits = F.one_hot(torch.tensor([MASK]), 16).float()
+    nothing = float(F.cross_entropy(logits, torch.tensor([A]))) * hidden
+    assert float(out.logs["hidden_nats"]) == pytest.approx(nothing, rel=1e-4)
+    assert float(out.loss_sum) / asked < nothing / hidden
+    assert "hidden_share" not in module.step(rows, "train").logs
+
+
+def test_an_evaluation_that_asks_for_nothing_is_an_error() -> None:
+    with pytest.raises(DataError, match="test: no base is asked for"):
+        build(Peek(causal=True)).after_evaluation("test", {"test/loss": 0.0, "test/count": 0.0})
 
 
 def test_a_loss_that_is_no_number_at_padding_does_not_count() -> None:
@@ -209,5 +232,5 @@ def test_windows_longer_than_the_filter_are_refused() -> None:
     config = load(["task=dna/pretrain"]).settled
     info = replace(INFO, extra={"length": 4096})
     splits: Any = Splits(None, None, None, info)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"model\.l_max is 1,026; set model\.l_max=4096"):
+    with pytest.raises(ConfigError, match=r"model\.l_max is 514; set model\.l_max=4096"):
         build_model(config, load_task("dna/pretrain"), make_norm("dyt", config.norm), splits)

@@ -74,6 +74,8 @@ CLASSIFY = [
 QUIET = ["task.baselines=false"]
 STILL = ["optim.lr=1e-30", "optim.weight_decay=0"]
 CODING, INTERGENIC = "coding", "intergenic"
+NOVEL = "bits_per_base_novel"
+FILES = (("fasta", "fa"), ("bed", "bed"))
 
 
 def fasta(path: Path, sequences: dict[str, str]) -> Path:
@@ -193,9 +195,6 @@ def test_a_pre_training_says_what_a_base_costs_beside_markov_models(
     assert ("two-sided" in said) == (kind == "caduceus")
 
 
-NOVEL = "bits_per_base_novel"
-
-
 def test_count_says_how_many_bases_were_asked_for() -> None:
     few = [*PRETRAIN, *QUIET, "trainer.max_steps=1"]
     assert main([*few, *HYENA, "run.dir=a"]) == 0
@@ -218,7 +217,7 @@ def test_no_baselines_where_they_are_off_or_the_test_is_not_whole(
     assert not Path("cache/dyt-suite/markov").exists()
 
 
-def test_the_files_that_yeast_writes_are_the_same_data(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_files_that_yeast_writes_are_the_same_data() -> None:
     few = ["trainer.max_steps=2", "trainer.limit_val_batches=2", "trainer.limit_test_batches=2"]
     common = [t for t in PRETRAIN if not t.startswith(("data=", "data.fasta", "data.bed"))]
     common += [*HYENA, *few]
@@ -231,9 +230,6 @@ def test_the_files_that_yeast_writes_are_the_same_data(capsys: pytest.CaptureFix
     assert a["data"]["sizes"] == b["data"]["sizes"]
     assert different(weights("a"), weights("b")) == []
     assert "val/novel_share" in a["metrics"]
-
-
-FILES = (("fasta", "fa"), ("bed", "bed"))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -679,14 +675,14 @@ WRONG: dict[str, tuple[list[str], list[str], str]] = {
         "its statistics look across positions",
     ),
     "norm": (GENOME, ["norm=layernrom"], "Did you mean norm=layernorm?"),
-    "site": (GENOME, ["norm.by_site={attn: dyt}"], "attn"),
+    "site": (GENOME, ["norm.by_site.mixr=dyt"], "did you mean 'mixer'"),
     "workers": (GENOME, ["data.num_workers=-1"], "data.num_workers=-1: must"),
     "patience": (GENOME, ["run.patience=0"], "run.patience=0: must be 1 or more"),
     "no steps": (GENOME, ["trainer.max_steps=0"], "trainer.max_steps=0: must be 1 or more"),
     "weights": (GENOME, ["model.init_from=nowhere"], "no such run or file"),
     "causal": (PS, ["task.objective=causal"], "take task.objective=mlm, or a causal model"),
-    "mamba_ssm": (PS, ["model.scan=mamba_ssm"], "mamba_ssm"),
-    "triton": (PS, ["model.scan=triton"], "model.scan=triton"),
+    "mamba_ssm": (PS, ["model.scan=mamba_ssm"], "scan=mamba_ssm runs on NVIDIA GPUs only"),
+    "triton": (PS, ["model.scan=triton"], "scan=triton runs on NVIDIA GPUs only"),
     "scan": (PS, ["model.scan=chunkd"], "chunked"),
     "no masks": (PS, ["task.mask_prob=0"], "task.mask_prob=0: must be above 0"),
     "shares": (PS, ["task.random_share=0.5"], "mask_share plus random_share must be at most 1"),
@@ -763,6 +759,7 @@ def test_a_vision_run_is_no_start(capsys: pytest.CaptureFixture[str]) -> None:
         assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_exit_code_and_stderr_of_a_process() -> None:
     tokens = [t for t in GENOME if not t.startswith("data.fasta=")]
     command = [sys.executable, "-m", "suite.train", *tokens, "data.fasta=nowhere.fa"]

@@ -20,6 +20,7 @@ from suite.config import Config, diff, load, to_dict
 from suite.data import DataInfo
 from suite.norms import norm_modules
 from suite.registry import load_task
+from suite.sweep import parse_tokens, plan_cells, resolve_config
 
 NORMS = ("layernorm", "dyt", "derf")
 MODELS = ("vit_base", "vit_large", "convnext_base", "convnext_large")
@@ -29,6 +30,14 @@ HOURS = ("10h", "100h", "960h")
 PRETRAIN = [f"{n}_wav2vec2_{size}_librispeech" for n in NORMS for size in SPEECH_SIZES]
 CTC = [f"{n}_wav2vec2_{size}_ctc_{h}" for n in NORMS for size in SPEECH_SIZES for h in HOURS]
 SPEECH = PRETRAIN + CTC
+DNA_NORMS = {
+    "hyenadna": NORMS,
+    "caduceus_ps": ("rmsnorm", "dyt", "derf"),
+    "caduceus_ph": ("rmsnorm", "dyt", "derf"),
+}
+HG38 = [f"{n}_{kind}_hg38" for kind, norms in DNA_NORMS.items() for n in norms]
+GENOMIC = [name.replace("hg38", "genomic_benchmarks") for name in HG38]
+DNA = HG38 + GENOMIC
 
 # The published code of DyT (arXiv 2503.10622) and Derf (arXiv 2512.10938), which share these.
 COMMON: dict[str, Any] = {
@@ -253,6 +262,118 @@ LOSS = {
     "dyt": {"base": "1.95", "large": "1.91"},
     "derf": {"base": "1.93", "large": "1.90"},
 }
+# caduceus 0060a6d, configs/experiment/hg38/hg38.yaml: arXiv 2403.03234 as it was trained.
+HG38_COMMON: dict[str, Any] = {
+    "task.name": "dna/pretrain",
+    "data.name": "genome",
+    "data.length": 1024,
+    "data.shift": 0,
+    "data.batch_size": 2**20 // 1024,
+    "data.drop_last": True,
+    "optim.name": "adamw",
+    "optim.beta1": 0.9,
+    "optim.beta2": 0.95,
+    "optim.weight_decay": 0.1,
+    "optim.schedule": "cosine",
+    "optim.warmup_steps": 10_000 // 10,
+    "optim.min_lr": 1e-4,
+    "trainer.max_steps": 10_000,
+    "trainer.gradient_clip_val": 1.0,
+    "trainer.limit_val_batches": 0.125,
+}
+# genomic_benchmark.yaml of the same, run_genomics_benchmark.sh, and D.1 of the paper.
+GENOMIC_COMMON: dict[str, Any] = {
+    "task.name": "dna/classify",
+    "task.pool": "mean",
+    "data.name": "genomic_benchmarks",
+    "data.max_length": 512,
+    "data.batch_size": 256,
+    "data.val_share": 0.1,
+    "data.val_seed": None,
+    "optim.name": "adamw",
+    "optim.beta1": 0.9,
+    "optim.beta2": 0.999,
+    "optim.weight_decay": 0.1,
+    "optim.schedule": "cosine",
+    "optim.warmup_fraction": 0.01,
+    "trainer.max_epochs": 10,
+    "trainer.gradient_clip_val": 1.0,
+    "run.patience": None,
+}
+DNA_COMMON: dict[str, Any] = {  # of both, where this suite says what is the same for every norm
+    "optim.decay_norm": False,
+    "optim.layer_decay": None,
+    "optim.ema_decay": None,
+    "trainer.precision": "bf16-mixed",
+}
+# Of each model: its options, then what pre-training and fine-tuning have of their own.
+DNA_MODEL: dict[str, dict[str, Any]] = {
+    "hyenadna": {
+        "model.dim": 256,
+        "model.depth": 4,
+        "model.hidden_dim": 1024,
+        "model.l_max": 1026,
+        "model.modulation_shift": 0.0,
+        "model.embed_dropout": 0.1,
+        "model.dropout": 0.0,
+        "model.bidirectional": False,
+    },
+    "caduceus_ps": {
+        "model.dim": 118,
+        "model.depth": 4,
+        "model.rcps": True,
+        "model.rcps_strand_swap": True,
+        "model.bidirectional": True,
+    },
+    "caduceus_ph": {
+        "model.dim": 118,
+        "model.depth": 4,
+        "model.rcps": False,
+        "model.rcps_strand_swap": False,
+        "model.bidirectional": True,
+    },
+}
+MLM = {"task.objective": "mlm", "task.mask_prob": 0.15, "task.mask_share": 0.8}
+HG38_OF: dict[str, dict[str, Any]] = {
+    "hyenadna": {
+        "task.objective": "causal",
+        "task.bos": False,
+        "optim.lr": 6e-4,
+        "data.rc_augment": True,
+    },
+    "caduceus_ps": {**MLM, "task.random_share": 0.1, "optim.lr": 8e-3, "data.rc_augment": False},
+    "caduceus_ph": {**MLM, "task.random_share": 0.1, "optim.lr": 8e-3, "data.rc_augment": True},
+}
+GENOMIC_OF: dict[str, dict[str, Any]] = {
+    "hyenadna": {"task.conjoin": False, "optim.lr": 6e-4, "data.rc_augment": True},
+    "caduceus_ps": {"task.conjoin": None, "optim.lr": 1e-3, "data.rc_augment": False},
+    "caduceus_ph": {"task.conjoin": True, "optim.lr": 1e-3, "data.rc_augment": True},
+}
+# Parameters with the model's own norm: in pre-training (the facts of the published models), with a
+# head of two classes; norms; and what a DyT has more than that norm: alpha and, beside an RMSNorm,
+# a bias.
+DNA_COUNTS = {
+    "hyenadna": (3_277_568, 3_277_568 + 2 * 257, 9, 0),
+    "caduceus_ps": (470_702, 470_702 + 2 * 119, 5, 118),
+    "caduceus_ph": (470_702, 470_702 + 2 * 119, 5, 118),
+}
+GENOMIC_MEAN = {  # Table 6 of DyT's paper, Derf's table; Ph: Table 1 of Caduceus'
+    **{("hyenadna", n): (m, "2503.10622") for n, m in (("layernorm", "85.2"), ("dyt", "85.2"))},
+    **{("caduceus_ps", n): (m, "2503.10622") for n, m in (("rmsnorm", "86.9"), ("dyt", "86.9"))},
+    ("hyenadna", "derf"): ("85.7", "2512.10938"),
+    ("caduceus_ps", "derf"): ("87.3", "2512.10938"),
+    ("caduceus_ph", "rmsnorm"): ("86.6", "2403.03234, Table 1"),
+}
+PS_LR = {  # D.1
+    "dummy_mouse_enhancers_ensembl": 2e-3,
+    "demo_coding_vs_intergenomic_seqs": 1e-3,
+    "demo_human_or_worm": 1e-3,
+    "human_enhancers_cohn": 2e-3,
+    "human_enhancers_ensembl": 1e-3,
+    "human_ensembl_regulatory": 1e-3,
+    "human_ocr_ensembl": 2e-3,
+    "human_nontata_promoters": 2e-3,
+}
 WER = {  # per cent on test-clean / test-other
     "layernorm_wav2vec2_base_ctc_10h": "4.3 / 9.5 % WER with a 4-gram",
     "layernorm_wav2vec2_base_ctc_100h": "3.4 / 8.0 % WER with a 4-gram",
@@ -262,7 +383,8 @@ WER = {  # per cent on test-clean / test-other
 
 @functools.cache
 def recipe(name: str, *more: str) -> Config:
-    return load([f"recipe={name}", "data.root=x", *more]).settled
+    files = ["data.fasta=x", "data.bed=x"] if name in HG38 else ["data.root=x"]
+    return load([f"recipe={name}", *files, *more]).settled
 
 
 def parts(name: str) -> tuple[str, str]:
@@ -275,6 +397,20 @@ def speech_parts(name: str) -> tuple[str, str, str | None]:
     """(norm, size, hours of CTC or None) of a recipe's name."""
     norm, _, size, *rest = name.split("_")
     return norm, size, rest[1] if rest[0] == "ctc" else None
+
+
+def dna_parts(name: str) -> tuple[str, str]:
+    """(norm, kind of model) of a recipe's name."""
+    norm, _, rest = name.partition("_")
+    return norm, rest.removesuffix("_hg38").removesuffix("_genomic_benchmarks")
+
+
+def dna_count(name: str) -> int:
+    """The parameters of a recipe's model."""
+    norm, kind = dna_parts(name)
+    pretrain, classify, norms, bias = DNA_COUNTS[kind]
+    more = 0 if norm in ("layernorm", "rmsnorm") else EXTRA_A_NORM[norm] + bias
+    return (pretrain if name in HG38 else classify) + norms * more
 
 
 def replaced_keys(name: str) -> set[str]:
@@ -300,7 +436,7 @@ def value(config: Config, key: str) -> Any:
 
 
 def test_there_is_a_recipe_for_every_row_of_the_tables_and_no_other() -> None:
-    assert {*NAMES, *SPEECH} == set(sources.recipes())
+    assert {*NAMES, *SPEECH, *DNA} == set(sources.recipes())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -522,6 +658,70 @@ def test_a_speech_recipe_says_what_was_published_and_that_it_was_not_run(name: s
     assert f"Expected: {figure}. Not yet run." in opening
 
 
+@pytest.mark.parametrize("name", DNA)
+def test_a_dna_recipes_numbers_are_the_published_ones(name: str) -> None:
+    norm, kind = dna_parts(name)
+    config = recipe(name)
+    own = {**HG38_COMMON, **HG38_OF[kind]} if name in HG38 else GENOMIC_COMMON | GENOMIC_OF[kind]
+    wanted = {**DNA_COMMON, **DNA_MODEL[kind], **own, **OF_NORM.get(norm, {}), "norm.name": norm}
+    assert {key: value(config, key) for key in wanted} == wanted
+    if name in HG38:
+        assert config.optim.warmup_scale * config.optim.lr == pytest.approx(1e-6, rel=1e-4)
+    else:
+        assert config.optim.min_lr == pytest.approx(0.1 * config.optim.lr)
+
+
+@pytest.mark.parametrize("name", DNA)
+def test_a_dna_recipes_model_has_the_parameters_and_norms_of_its_size(name: str) -> None:
+    norm, kind = dna_parts(name)
+    config = recipe(name)
+    build = load_task(config.task_name).models[config.model_name].build
+    with torch.device("meta"):
+        built = build(
+            config.model,
+            norm=build_norm(config),
+            data=info("x", classes=2, extra={"length": config.model.l_max})
+            if kind == "hyenadna"
+            else info("x", classes=2),
+        )
+    made: list[Any] = [module.norm_name for _, module in norm_modules(built)]
+    assert made == [norm] * DNA_COUNTS[kind][2]
+    assert sum(p.numel() for p in built.parameters()) == dna_count(name)
+
+
+@pytest.mark.parametrize("name", [n for n in DNA if dna_parts(n)[0] in ("dyt", "derf")])
+def test_a_dna_recipe_differs_from_that_of_the_models_own_norm_in_the_norm_alone(name: str) -> None:
+    base = f"{DNA_NORMS[dna_parts(name)[1]][0]}_{name.partition('_')[2]}"
+    assert {k for k in diff(recipe(base), recipe(name)) if k[:5] != "norm."} == {"recipe"}
+
+
+@pytest.mark.parametrize("name", GENOMIC)
+def test_a_dna_fine_tuning_names_the_pre_training_of_its_very_model(name: str) -> None:
+    start = name.replace("genomic_benchmarks", "hg38")
+    assert f"recipe={start}." in " ".join(lines(name))
+    keys = {k for k in diff(recipe(start), recipe(name)) if k.startswith(("model.", "norm."))}
+    assert keys == set()
+
+
+@pytest.mark.parametrize("name", DNA)
+def test_a_dna_recipe_opens_with_commands_that_load_and_says_what_was_published(name: str) -> None:
+    norm, kind = dna_parts(name)
+    start = f"python -m suite.train recipe={name} "
+    commands = [line for line in lines(name) if line.startswith("python -m suite.train")]
+    assert all(line.startswith(start) for line in commands)
+    for line in commands:
+        config = load(shlex.split(line.removeprefix("python -m suite.train "))).settled
+        if name in HG38:
+            shares = config.trainer.devices * config.trainer.accumulate_grad_batches
+            assert config.data.batch_size / shares == 128
+        else:
+            assert (config.model.init_from, config.data.task) == ("RUN", "human_nontata_promoters")
+    assert len(commands) == (2 if name in HG38 else 1)
+    mean = GENOMIC_MEAN.get((kind, norm)) if name in GENOMIC else None
+    figure = "none published" if mean is None else f"{mean[0]} % mean top-1 (arXiv {mean[1]})"
+    assert f"Expected: {figure}. Not yet run." in sources.opening(sources.recipes()[name])
+
+
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 
 
@@ -543,7 +743,7 @@ def test_the_commands_of_the_page_on_recipes_load(
     monkeypatch.chdir(tmp_path)
     for file in re.findall(r"evaluate=(\S+)", "\n".join(commands)):
         (tmp_path / file).touch()
-    assert {"vision", "speech"} == {
+    assert {"vision", "speech", "dna"} == {
         load(shlex.split(line.removeprefix(start), comments=True)).settled.task_name.split("/")[0]
         for line in commands
     }
@@ -574,6 +774,60 @@ def test_the_page_on_recipes_has_every_speech_recipe_with_its_figure() -> None:
             shown = [WER.get(name, "none published").replace(" % WER", ""), layers]
         count = (pretrain if hours is None else ctc) + norms * EXTRA_A_NORM[norm]
         assert cells == [*shown, f"{count:,}", "not yet run"]
+
+
+def test_the_page_on_recipes_has_every_dna_recipe_with_its_figure() -> None:
+    found = rows(DNA)
+    assert set(found) == set(DNA)
+    for name, cells in found.items():
+        norm, kind = dna_parts(name)
+        mean = GENOMIC_MEAN.get((kind, norm)) if name in GENOMIC else None
+        assert cells[0] == ("none published" if mean is None else mean[0])
+        lr, own = ("6e-4", "8e-3") if name in HG38 else ("6e-4", "1e-3 or 2e-3")
+        if name in HG38:
+            model = DNA_MODEL[kind]
+            assert cells[1] == f"{model['model.depth']} x {model['model.dim']}"
+            inside = "in the network" if kind == "caduceus_ps" else "by augmentation"
+            assert cells[3] == inside
+        assert cells[-3 if name in GENOMIC else 2] == (lr if kind == "hyenadna" else own)
+        assert cells[-2:] == [f"{dna_count(name):,}", "not yet run"]
+
+
+def test_the_sweeps_of_the_page_run_every_task_with_its_rate_and_length() -> None:
+    start = "python -m suite.sweep recipe="
+    commands = [x for x in PAGE.read_text(encoding="utf-8").splitlines() if x.startswith(start)]
+    found: dict[str, dict[tuple[str, int], tuple[float, float, int]]] = {}
+    folders: set[str] = set()
+    for line in commands:
+        words, _, out = line.partition(" --out ")
+        if "genomic_benchmarks " not in words:
+            continue
+        assert out not in folders
+        folders.add(out)
+        for cell in plan_cells(parse_tokens(shlex.split(words)[3:]), resolve=resolve_config):
+            config = cell.config
+            key = (config["data"]["task"], config["seed"])
+            runs = found.setdefault(config["recipe"], {})
+            assert key not in runs
+            rates = (config["optim"]["lr"], config["optim"]["min_lr"])
+            runs[key] = (*rates, config["data"]["max_length"])
+    rates = {"derf_hyenadna": dict.fromkeys(PS_LR, 6e-4), "derf_caduceus_ps": PS_LR}
+    assert set(found) == {f"{name}_genomic_benchmarks" for name in rates}
+    for name, by_task in rates.items():
+        wanted = {
+            (task, seed): (lr, pytest.approx(0.1 * lr), 1024 if "mouse" in task else 512)
+            for task, lr in by_task.items()
+            for seed in range(5)
+        }
+        assert found[f"{name}_genomic_benchmarks"] == wanted
+
+
+def test_windows_that_gpus_take_at_a_time_add_up_to_the_batch_of_dna() -> None:
+    text = PAGE.read_text(encoding="utf-8").partition("windows of 1,024 bases at a time |")[2]
+    table = text.partition("\n\n")[0]
+    found = re.findall(r"^\| (\d+)[^|]* \| (\d+) \| (\d+)[^|]* \|$", table, flags=re.M)
+    assert len(found) == 7
+    assert {int(gpus) * int(steps) * int(share) for gpus, steps, share in found} == {1024}
 
 
 def test_what_gpus_take_at_a_time_adds_up_to_the_batch() -> None:
