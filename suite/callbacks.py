@@ -361,7 +361,9 @@ class PrimaryTracker(Callback):
         """Take the validation that has just ended, and save the weights if it is the best."""
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         better = self.take(found, trainer.global_step)
-        self.waited = 0 if better else self.waited + 1
+        # a resumed run may repeat the validation that was the best
+        new = better or trainer.global_step == self.best_step
+        self.waited = 0 if new else self.waited + 1
         if better and self.path is not None:
             trainer.save_checkpoint(self.path)
         if self.patience is not None and self.waited >= self.patience:

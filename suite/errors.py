@@ -25,3 +25,9 @@ class DataError(RuntimeError):
     def __str__(self) -> str:
         """Its one line, without the traceback that a loader's worker puts around it."""
         return super().__str__().rpartition(f"{type(self).__name__}: ")[2].strip()
+
+
+def shown(path: object) -> str:
+    """A path as one line of text, whatever bytes are in it."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)

@@ -1,7 +1,8 @@
 """A network's bits per base beside Markov models of the same genome, on the same windows.
 
 The models are counted on training and validation sequences together, the backoff's strengths tuned
-on the latter (tasks/dna/markov.py): the network chose its weights on these too.
+on the latter (tasks/dna/markov.py): the network chose its weights on these too. Where the
+validation is the test as well, only training sequences are counted, and there is no backoff.
 """
 
 from __future__ import annotations
@@ -50,10 +51,11 @@ def compare(splits: Splits, values: Mapping[str, float], *, causal: bool) -> Fou
     if len(genome) < len(parts) or sum(part.bases for part in genome) > LARGEST:
         return Found()
     train, val, test = genome
+    counted = [] if test.layout is val.layout else val.sequences()  # nothing that is scored
     say_once("counting words of the genome for the Markov baselines ...")
     rows = cached_rows(
         train.sequences(),
-        val.sequences(),
+        counted,
         test.sequences(),
         test.window_places(),
         two_sided=not causal,

@@ -126,7 +126,8 @@ class Classify(SuiteModule):
             hits = (logits_BK.argmax(-1) == label) & valid
             return StepOutput(loss, valid.sum(), logs={"acc": hits.sum()}, units=units)
         novel = batch.get("novel", torch.ones_like(valid))
-        inputs = {"preds": logits_BK, "target": label, "novel": novel}
+        # torchmetrics would choose batch by batch whether these are logits
+        inputs = {"preds": logits_BK.softmax(-1), "target": label, "novel": novel}
         real = {name: value[valid] for name, value in inputs.items()}
         return StepOutput(loss, valid.sum(), metric_inputs=real, units=units)
 

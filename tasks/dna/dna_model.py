@@ -8,6 +8,7 @@ Shapes: B sequences, L positions, V rows of the vocabulary, K classes.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, Protocol, cast
 
@@ -23,6 +24,7 @@ from tasks.dna.published_hyena import trained_as as hyena_options
 from tasks.dna.tokens import ROWS
 
 State = dict[str, Tensor]
+METRIC = re.compile(r"^(train|val|test)_torchmetrics\.")  # in the authors' own checkpoints
 EMBEDDING, LM_HEAD = "backbone.embedding.weight", "lm_head.weight"
 
 
@@ -91,12 +93,14 @@ def check_traces(state: Mapping[str, Tensor], body: Backbone) -> None:
     Of HyenaDNA the length that its filter's time runs over, of Caduceus the strands and their way
     through the blocks.
     """
-    own = {
-        "l_max": getattr(body, "l_max", None),
-        "rcps": body.strands == 2,
-        "rcps_strand_swap": getattr(body, "swap", False),
-    }
-    wanted: dict[str, Any] = {**(hyena_options(state) or {}), **(caduceus_options(state) or {})}
+    length = getattr(body, "l_max", None)
+    own = {"l_max": length, "rcps": body.strands == 2, "rcps_strand_swap": swaps(body)}
+    hyena, caduceus = hyena_options(state), caduceus_options(state)
+    if hyena is not None and length is None:
+        raise ValueError("these are HyenaDNA's weights; take a model=hyenadna_...")
+    if caduceus is not None and length is not None:
+        raise ValueError("these are Caduceus' weights; take a model=caduceus_...")
+    wanted: dict[str, Any] = {**(hyena or {}), **(caduceus or {})}
     if any(own[key] != value for key, value in wanted.items()):
         keys = " ".join(f"model.{key}={str(value).lower()}" for key, value in wanted.items())
         raise ValueError(
@@ -104,12 +108,20 @@ def check_traces(state: Mapping[str, Tensor], body: Backbone) -> None:
         )
 
 
+def swaps(body: Backbone) -> bool:
+    """Whether the strands go crosswise through the blocks."""
+    return bool(getattr(body, "swap", False))
+
+
 def published(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
     """A published file's tensors under the suite's names; any other file's as they are."""
+    weights = {name: value for name, value in state.items() if not METRIC.match(name)}
     for convert in (from_hyena, from_caduceus):
-        found = convert(state)
+        found = convert(weights)
         if found is not None:
-            return dict(found[0]), list(found[1])
+            left_out = len(state) - len(weights)
+            notes = [f"{left_out} counts of its training metrics were left out"] * bool(left_out)
+            return dict(found[0]), [*found[1], *notes]
     return dict(state), []
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from suite.cache import cache_folder, say_once
-from suite.errors import ConfigError, DataError
+from suite.errors import ConfigError, DataError, shown
 from tasks.dna.tokens import AMBIGUOUS, BASES, encode
 
 START = 65_536  # bytes in which a file shows whether it is FASTA
@@ -210,12 +210,6 @@ def temporary_folder() -> Path:
 
     atexit.register(remove)
     return Path(folder)
-
-
-def shown(path: object) -> str:
-    """A path as one line of text, whatever bytes are in it."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)
 
 
 def one_line(error: BaseException) -> str:

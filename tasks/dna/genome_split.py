@@ -21,9 +21,9 @@ from torch import Tensor
 
 from suite.cache import cache_folder, keep, recall
 from suite.data import DataInfo, DataOptions, Splits
-from suite.errors import ConfigError, DataError
+from suite.errors import ConfigError, DataError, shown
 from suite.randomness import uniform
-from tasks.dna.fasta import Fasta, shown
+from tasks.dna.fasta import Fasta
 from tasks.dna.intervals import SPLITS, read_bed
 from tasks.dna.novel import K, known_kmers, novel_windows
 from tasks.dna.tokens import PAD, reverse_complement

@@ -28,9 +28,9 @@ import numpy as np
 
 from suite.cache import cache_folder, keep, recall, say_once
 from suite.data import Splits
-from suite.errors import ConfigError
+from suite.errors import ConfigError, shown
 from tasks.dna.sequences import LabelledOptions, Sequences
-from tasks.dna.sets import About, make_splits, shown
+from tasks.dna.sets import About, make_splits
 from tasks.dna.tokens import encode
 
 NAME = "genomic_benchmarks"

@@ -220,13 +220,25 @@ class Block(nn.Module):
         self.norm2 = norm(options.dim, site="ffn", eps=EPS)
         self.mlp = Mlp(options.dim, hidden_dim=options.hidden_dim)
         self.dropout = nn.Dropout(options.dropout)
+        self.checkpoint = options.checkpoint
 
     def forward(self, x_BLC: Tensor, z_LE: Tensor, mask_BL: Tensor | None) -> Tensor:
         dtype = self.mixer.in_proj.weight.dtype
-        y_BLC = self.mixer(self.norm1(x_BLC.to(dtype), mask_BL), z_LE, mask_BL)
+        y_BLC = self.kept(self.mixer, self.norm1(x_BLC.to(dtype), mask_BL), z_LE, mask_BL)
         x_BLC = x_BLC + self.dropout(y_BLC)
-        y_BLC = self.mlp(self.norm2(x_BLC.to(dtype), mask_BL))
+        y_BLC = self.kept(self.mlp, self.norm2(x_BLC.to(dtype), mask_BL))
         return x_BLC + self.dropout(y_BLC)
+
+    def kept(self, part: nn.Module, *inputs: Tensor | None) -> Tensor:
+        """part(inputs); what is in it is computed again in the backward where that is wanted.
+
+        Not the norms: the running statistics of one would move twice.
+        """
+        if self.checkpoint and self.training:
+            again: Tensor = checkpoint(part, *inputs, use_reentrant=False)
+            return again
+        found: Tensor = part(*inputs)
+        return found
 
 
 class HyenaDNA(nn.Module):
@@ -242,7 +254,7 @@ class HyenaDNA(nn.Module):
         super().__init__()
         self.dim, self.depth, self.l_max = options.dim, options.depth, options.l_max
         self.causal = not options.bidirectional
-        self.filter_embed, self.checkpoint = options.filter_embed, options.checkpoint
+        self.filter_embed = options.filter_embed
         self.embedding = nn.Embedding(ROWS, options.dim)
         self.embed_dropout = nn.Dropout(options.embed_dropout)
         self.blocks = nn.ModuleList(Block(options, norm=norm) for _ in range(options.depth))
@@ -271,10 +283,7 @@ class HyenaDNA(nn.Module):
         z_LE = time_features(length, l_max=self.l_max, features=self.filter_embed, like=x_BLC)
         x_BLC = x_BLC.to(z_LE.dtype)
         for block in self.blocks:
-            if self.checkpoint and self.training:
-                x_BLC = checkpoint(block, x_BLC, z_LE, mask_BL, use_reentrant=False)
-            else:
-                x_BLC = block(x_BLC, z_LE, mask_BL)
+            x_BLC = block(x_BLC, z_LE, mask_BL)
         hidden_BLC: Tensor = self.final_norm(x_BLC.to(dtype), mask_BL)
         return hidden_BLC
 

@@ -17,8 +17,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
-from suite.errors import ConfigError
-from tasks.dna.fasta import shown
+from suite.errors import ConfigError, shown
 
 SPLITS = ("train", "val", "test")
 WORDS = {

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from suite.data import Splits
-from suite.errors import ConfigError
+from suite.errors import ConfigError, shown
 from tasks.dna.sequences import LabelledOptions, Sequences
-from tasks.dna.sets import About, make_splits, shown
+from tasks.dna.sets import About, make_splits
 from tasks.dna.tokens import encode
 
 NAME = "nucleotide_transformer"

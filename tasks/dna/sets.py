@@ -43,12 +43,6 @@ class About:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
-def shown(path: object) -> str:
-    """A path as one line of text, whatever bytes are in it."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)
-
-
 def make_splits(
     train: Sequences,
     test: Sequences,

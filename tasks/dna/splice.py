@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from suite.data import Splits
+from suite.shipped import check_shipped
 from tasks.dna.sequences import LabelledOptions, Sequences
 from tasks.dna.sets import About, make_splits
-from tasks.dna.shipped import check_shipped
 from tasks.dna.tokens import encode
 
 FILE = Path(__file__).parent / "assets" / "splice.npz"

@@ -25,9 +25,9 @@ import numpy as np
 
 from suite.cache import cache_folder, say_once
 from suite.data import Splits
+from suite.shipped import check_shipped
 from tasks.dna.fasta import temporary_folder
 from tasks.dna.genome_split import About, WindowOptions, split_genome
-from tasks.dna.shipped import check_shipped
 from tasks.dna.tokens import decode
 from tasks.dna.twobit import packed_size, unpack
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from suite.errors import ConfigError
+from suite.errors import ConfigError, shown
 
 SAMPLE_RATE = 16_000
 # Names that count as audio in a folder, in lower case.
@@ -49,11 +49,6 @@ class AudioError(Exception):
 
 class UnreadableError(AudioError):
     """A file that the disk or the system does not give: that is no matter of one clip."""
-
-
-def shown(path: str) -> str:
-    """A path as one line of text, whatever bytes are in it."""
-    return path if path.isprintable() else ascii(path)
 
 
 def probe(path: str | os.PathLike[str]) -> tuple[int, int, int]:

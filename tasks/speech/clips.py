@@ -21,7 +21,7 @@ from typing import Protocol, overload
 import numpy as np
 import numpy.typing as npt
 
-from suite.errors import ConfigError
+from suite.errors import ConfigError, shown
 from tasks.speech.audio import (
     SAMPLE_RATE,
     AudioError,
@@ -30,7 +30,6 @@ from tasks.speech.audio import (
     part,
     read,
     resampled_length,
-    shown,
 )
 
 Lengths = npt.NDArray[np.int64]

@@ -9,7 +9,6 @@ made.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,8 @@ from pathlib import Path
 import numpy as np
 
 from suite.data import Splits
-from suite.errors import ConfigError
-from tasks.speech.audio import shown
+from suite.errors import ConfigError, shown
+from suite.shipped import check_shipped
 from tasks.speech.clips import ZipClips
 from tasks.speech.sets import About, Listing, Part, file_clips, make_splits
 from tasks.speech.split import AudioOptions
@@ -84,21 +83,6 @@ def from_zip(about: About, sha256: str, *, options: AudioOptions, seed: int, wor
         for split in SPLITS
     }
     return make_splits(parts, about=about, options=options, seed=seed, words=words)
-
-
-def check_shipped(file: Path, sha256: str, *, name: str) -> None:
-    """Raise ConfigError unless `file` is there and has this SHA-256."""
-    try:
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise ConfigError(
-            f"data={name}: {file} cannot be read ({error.strerror}). Install dyt-suite again"
-        ) from None
-    if found != sha256:
-        raise ConfigError(
-            f"data={name}: {file} is not the file that was shipped (its sha256 is {found[:12]}..., "
-            f"expected {sha256[:12]}...). Install dyt-suite again"
-        )
 
 
 def build_cards_real(options: CardsRealOptions, *, seed: int, words: bool) -> Splits:

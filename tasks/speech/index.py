@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from suite.cache import keep, recall, say_once
-from tasks.speech.audio import AudioError, UnreadableError, probe, shown
+from suite.errors import shown
+from tasks.speech.audio import AudioError, UnreadableError, probe
 
 VERSION = 1
 SETTLED_NS = 2_000_000_000  # a folder may change again within one tick of the file system's clock

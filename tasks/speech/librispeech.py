@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from suite.data import Splits
-from suite.errors import ConfigError
-from tasks.speech.audio import EXTENSIONS, shown
+from suite.errors import ConfigError, shown
+from tasks.speech.audio import EXTENSIONS
 from tasks.speech.sets import About, Listing, Part, file_clips, make_splits
 from tasks.speech.split import AudioOptions
 

@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from suite.data import Splits
-from suite.errors import ConfigError
-from tasks.speech.audio import shown
+from suite.errors import ConfigError, shown
 from tasks.speech.clips import Clips
 from tasks.speech.sets import About, Listing, Part, by_hash, file_clips, make_splits
 from tasks.speech.split import AudioOptions

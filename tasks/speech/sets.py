@@ -18,8 +18,8 @@ import torch
 
 from suite.cache import cache_folder
 from suite.data import DataInfo, Splits
-from suite.errors import ConfigError
-from tasks.speech.audio import SAMPLE_RATE, AudioError, UnreadableError, check_format, shown
+from suite.errors import ConfigError, shown
+from tasks.speech.audio import SAMPLE_RATE, AudioError, UnreadableError, check_format
 from tasks.speech.clips import Clips, FileClips
 from tasks.speech.index import Headers, load_headers
 from tasks.speech.split import REPAIR, AudioOptions, AudioSplit, Places

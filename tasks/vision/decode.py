@@ -23,6 +23,8 @@ from typing import Any
 
 import numpy as np
 
+from suite.errors import shown
+
 # By content, not by name. PIL knows more; some of those run other programs (EPS) or are documents.
 FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 # Names that count as images in a folder, in lower case.
@@ -90,8 +92,3 @@ def high_byte(image: Any) -> Any:
     if values.size and (values.min() < 0 or values.max() > 0xFFFF):
         raise ValueError("32-bit pixels: which value is white is not known")
     return Image.fromarray((values >> 8).astype(np.uint8))
-
-
-def shown(path: str) -> str:
-    """A path as one line of text, whatever bytes are in it."""
-    return path if path.isprintable() else ascii(path)

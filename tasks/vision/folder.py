@@ -34,9 +34,9 @@ from torch import Tensor
 
 from suite.cache import cache_folder
 from suite.data import DataInfo, Splits
-from suite.errors import ConfigError, DataError
+from suite.errors import ConfigError, DataError, shown
 from tasks.vision.augment import Augment, EvalTransform, VisionDataOptions
-from tasks.vision.decode import DecodeError, ReadError, open_image, shown
+from tasks.vision.decode import DecodeError, ReadError, open_image
 from tasks.vision.index import Index, load_index
 from tasks.vision.layout import (
     Layout,

@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 
 from suite.cache import keep, recall, say_once
-from suite.errors import ConfigError
-from tasks.vision.decode import EXTENSIONS, shown
+from suite.errors import ConfigError, shown
+from tasks.vision.decode import EXTENSIONS
 
 VERSION = 2
 SUFFIXES = tuple(suffix.encode() for suffix in EXTENSIONS)

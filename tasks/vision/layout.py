@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from suite.errors import ConfigError
-from tasks.vision.decode import EXTENSIONS, shown
+from suite.errors import ConfigError, shown
+from tasks.vision.decode import EXTENSIONS
 from tasks.vision.index import Index
 
 VAL_NAMES = ("val", "validation", "valid")

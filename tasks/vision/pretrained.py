@@ -16,9 +16,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from suite.errors import ConfigError
+from suite.errors import ConfigError, shown
 from tasks.vision.augment import Interpolation
-from tasks.vision.decode import shown
 
 
 @dataclass(frozen=True)

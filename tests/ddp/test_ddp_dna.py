@@ -11,7 +11,7 @@ pytestmark = pytest.mark.ddp
 SIZES = (7, 11)
 MODELS = {
     "hyenadna_tiny_1k": ["model.filter_dim=16", "model.hidden_dim=32", "model.embed_dropout=0"],
-    "caduceus_ps_tiny": ["model.state=4"],
+    "caduceus_ps_tiny": ["model.state=4", "model.tie_head=true"],
     "caduceus_ph_tiny": ["model.state=4"],
 }
 NORMS = {"hyenadna_tiny_1k": "dyt", "caduceus_ps_tiny": "rmsnorm", "caduceus_ph_tiny": "derf"}

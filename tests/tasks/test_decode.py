@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from tasks.vision.decode import DecodeError, ReadError, open_image, shown
+from suite.errors import shown
+from tasks.vision.decode import DecodeError, ReadError, open_image
 from tasks.vision.fashion_mnist import MINI_FILE, read_mini
 
 pytestmark = pytest.mark.vision

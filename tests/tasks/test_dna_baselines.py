@@ -80,7 +80,10 @@ def test_a_causal_network_stands_beside_models_of_the_left_context() -> None:
 
 def test_a_masked_network_stands_beside_models_of_both_sides() -> None:
     splits = genome()
-    found = compare(splits, NETWORK, causal=False)
+    hidden = {"test/bits_per_base_hidden": 1.8, "test/bits_per_base_hidden_novel": 1.85}
+    found = compare(splits, NETWORK | hidden, causal=False)
+    assert network(found.lines) == ["1.8000", "1.8500"]
+    assert compare(splits, NETWORK, causal=False).lines == []  # nothing was hidden from it
     row = best(direct(splits, causal=False))
     assert row is not None
     assert found.values.keys() == {"test/markov_bits", "test/markov_bits_novel"}
@@ -88,6 +91,21 @@ def test_a_masked_network_stands_beside_models_of_both_sides() -> None:
     rows = found.lines[2:]
     assert len(rows) == 6
     assert all("two-sided" in line for line in rows)
+
+
+def test_a_test_that_is_the_validation_is_not_counted() -> None:
+    bed = Path("corpus/small.bed")
+    bed.write_text("".join(bed.read_text().splitlines(keepends=True)[:2]))
+    splits = genome()
+    found = compare(splits, NETWORK, causal=True)
+    where = splits.test.window_places()
+    rows = causal_rows(
+        splits.train.sequences(), [], splits.test.sequences(), where, novel=splits.test.novel
+    )
+    expected = best(rows)
+    assert expected is not None
+    assert found.values["test/markov_bits"] == pytest.approx(expected.bits, rel=1e-12)
+    assert "test/backoff_bits" not in found.values
 
 
 def test_the_copied_windows_are_cheaper_and_left_out_of_the_novel_rows() -> None:

@@ -132,6 +132,26 @@ def test_metrics_are_of_the_whole_split_not_means_of_batches() -> None:
     assert set(whole.compute()) == {"acc", "mcc", "f1", "auroc", "acc_novel"}
 
 
+def test_auroc_does_not_depend_on_how_the_split_is_cut() -> None:
+    """torchmetrics takes numbers from 0 to 1 for probabilities, batch by batch."""
+    found = []
+    for size in (1, 7, 60):
+        chosen = module(hyena())
+        collection = chosen.metrics()
+        for start in range(0, 60, size):
+            rows = {k: v[start : start + size] for k, v in many_rows().items()}
+            with torch.no_grad():
+                collection.update(**chosen.step(rows, "val").metric_inputs)
+        found.append(float(collection.compute()["auroc"]))
+    assert found == pytest.approx([found[0]] * 3, abs=1e-6)
+
+
+def many_rows() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(A, T + 1, (60, 20), generator=generator)
+    return {"ids": ids, "label": torch.arange(60) % 3, "valid": torch.ones(60).bool()}
+
+
 def test_accuracy_on_new_sequences_leaves_the_known_ones_out() -> None:
     metric = NovelAccuracy()
     preds = torch.eye(3)[[0, 1, 2, 0]]
@@ -168,6 +188,28 @@ def test_a_tied_head_that_differs_in_the_file_is_refused() -> None:
         model.adapt(state, whole=True)
     untied = hyena(build_pretraining, tie_head=False)
     assert untied.adapt(state, whole=True)[1] == []
+
+
+def test_weights_of_the_other_family_are_named() -> None:
+    layer = "backbone.layers.0.mixer."
+    files = {
+        "HyenaDNA": {f"{layer}filter_fn.bias": torch.zeros(16)},
+        "Caduceus": {f"{layer}submodule.mamba_fwd.D": torch.zeros(32)},
+    }
+    models = {"HyenaDNA": caduceus(rcps=True), "Caduceus": hyena()}
+    for family, state in files.items():
+        with pytest.raises(ValueError, match=rf"these are {family}'s? weights"):
+            models[family].adapt(state, whole=False)
+
+
+def test_counts_of_the_authors_metrics_are_left_out() -> None:
+    state = {"backbone.layers.0.mixer.submodule.mamba_fwd.D": torch.zeros(32)}
+    counted = {**state, "train_torchmetrics.num_tokens.count": torch.zeros(())}
+    model = caduceus(rcps=True)
+    model.body.swap = True
+    found, notes = model.adapt(counted, whole=True)
+    assert found.keys() == model.adapt(state, whole=True)[0].keys()
+    assert notes[-1] == "1 counts of its training metrics were left out"
 
 
 def test_a_vocabulary_of_twelve_rows_is_filled_up() -> None:

@@ -10,10 +10,11 @@ import torch
 
 from suite.data import SuiteDataModule
 from suite.errors import ConfigError, DataError
+from suite.shipped import check_shipped
 from tasks.speech import embedded, split
 from tasks.speech.clips import ZipClips
 from tasks.speech.data import CTC_DATA, PRETRAIN_DATA
-from tasks.speech.embedded import ASSETS, CardsRealOptions, build_cards_real, check_shipped
+from tasks.speech.embedded import ASSETS, CardsRealOptions, build_cards_real
 from tasks.speech.manifest import ManifestOptions, build_manifest
 from tasks.speech.split import AudioOptions
 from tasks.speech.text import LABELS, decode, normalise
