@@ -35,6 +35,8 @@ from tasks.dna.labelled import LABELLED_DATA
 from tasks.dna.models import CLASSIFY_MODELS
 from tasks.dna.tokens import PAD, other_strand
 
+NO_CLASS = -1  # the target of a row that counts for nothing
+
 
 @dataclass(frozen=True)
 class ClassifyOptions:
@@ -125,21 +127,24 @@ class Classify(SuiteModule):
         if split == "train":
             hits = (logits_BK.argmax(-1) == label) & valid
             return StepOutput(loss, valid.sum(), logs={"acc": hits.sum()}, units=units)
-        novel = batch.get("novel", torch.ones_like(valid))
-        # torchmetrics would choose batch by batch whether these are logits
-        inputs = {"preds": logits_BK.softmax(-1), "target": label, "novel": novel}
-        real = {name: value[valid] for name, value in inputs.items()}
-        return StepOutput(loss, valid.sum(), metric_inputs=real, units=units)
+        inputs = {
+            # torchmetrics would choose batch by batch whether these are logits
+            "preds": logits_BK.softmax(-1),
+            # rows that are not valid stay: it cannot gather what a process has none of
+            "target": label.where(valid, NO_CLASS),
+            "novel": batch.get("novel", valid) & valid,
+        }
+        return StepOutput(loss, valid.sum(), metric_inputs=inputs, units=units)
 
     def metrics(self) -> MetricCollection:
-        classes: Any = self.info.classes
-        averaged = {"num_classes": classes, "average": "macro"}
+        classes = self.info.classes
+        of: Any = {"num_classes": classes, "ignore_index": NO_CLASS}
         return MetricCollection(
             {
-                "acc": MulticlassAccuracy(num_classes=classes, average="micro"),
-                "mcc": MulticlassMatthewsCorrCoef(num_classes=classes),
-                "f1": MulticlassF1Score(**averaged),
-                "auroc": MulticlassAUROC(**averaged),
+                "acc": MulticlassAccuracy(**of, average="micro"),
+                "mcc": MulticlassMatthewsCorrCoef(**of),
+                "f1": MulticlassF1Score(**of, average="macro"),
+                "auroc": MulticlassAUROC(**of, average="macro"),
                 "acc_novel": NovelAccuracy(),
             },
             compute_groups=False,

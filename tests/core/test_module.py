@@ -65,3 +65,36 @@ def test_the_best_value_is_tracked_in_its_direction(direction: str, best: float)
     again = PrimaryTracker("val/x", direction)
     again.load_state_dict(tracker.state_dict())
     assert (again.best, again.best_step) == (tracker.best, tracker.best_step)
+
+
+def test_patience_is_not_spent_by_the_best_validation_seen_again(tmp_path: Path) -> None:
+    """A run that broke off after a validation repeats it when it is resumed."""
+    from types import SimpleNamespace
+
+    def trainer(value: float, step: int) -> SimpleNamespace:
+        metrics = {"val/x": torch.tensor(value)}
+        fit = SimpleNamespace(fn="fit")
+        return SimpleNamespace(
+            sanity_checking=False,
+            state=fit,
+            callback_metrics=metrics,
+            global_step=step,
+            should_stop=False,
+        )
+
+    whole = PrimaryTracker("val/x", "max", patience=2)
+    whole.on_validation_end(trainer(0.5, 1), None)  # type: ignore[arg-type]
+    whole.on_validation_end(trainer(0.4, 2), None)  # type: ignore[arg-type]
+    last = whole.state_dict()
+    whole.on_validation_end(trainer(0.6, 3), None)  # type: ignore[arg-type]
+    resumed = PrimaryTracker("val/x", "max", patience=2)
+    resumed.load_state_dict({**last, "best": whole.best, "best_step": whole.best_step})
+    again = trainer(0.6, 3)
+    resumed.on_validation_end(again, None)  # type: ignore[arg-type]
+    assert not again.should_stop
+    assert resumed.waited == whole.waited == 0
+    for step in (4, 5):
+        assert not again.should_stop
+        again = trainer(0.3, step)
+        resumed.on_validation_end(again, None)  # type: ignore[arg-type]
+    assert again.should_stop

@@ -146,6 +146,21 @@ def test_auroc_does_not_depend_on_how_the_split_is_cut() -> None:
     assert found == pytest.approx([found[0]] * 3, abs=1e-6)
 
 
+def test_rows_that_are_not_valid_change_no_metric() -> None:
+    chosen, rows = module(hyena()), many_rows()
+    some, none = rows["valid"].clone(), torch.zeros_like(rows["valid"])
+    some[40:] = False
+    found = []
+    for cut in (slice(0, 40), slice(0, 60)):
+        collection = chosen.metrics()
+        with torch.no_grad():
+            part = {k: v[cut] for k, v in (rows | {"valid": some}).items()}
+            collection.update(**chosen.step(part, "val").metric_inputs)
+            collection.update(**chosen.step(rows | {"valid": none}, "val").metric_inputs)
+        found.append({k: float(v) for k, v in collection.compute().items()})
+    assert found[1] == pytest.approx(found[0], abs=1e-6)
+
+
 def many_rows() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(A, T + 1, (60, 20), generator=generator)

@@ -302,3 +302,18 @@ def test_embedding_and_filters_are_not_decayed_and_projections_are() -> None:
 def test_an_option_out_of_range_is_named(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"^{field} must be"):
         HyenaOptions(**{field: value})
+
+
+def test_batch_statistics_move_once_a_step_with_checkpoints_too() -> None:
+    found = []
+    for again in (False, True):
+        torch.manual_seed(0)
+        options = HyenaOptions(dim=8, depth=1, hidden_dim=16, filter_dim=8, checkpoint=again)
+        model = HyenaDNA(options, norm=make_norm("batchnorm")).train()
+        model(
+            torch.randint(7, 11, (2, 12), generator=torch.Generator().manual_seed(1))
+        ).sum().backward()
+        found.append({k: v for k, v in model.state_dict().items() if "running" in k})
+    assert found[0]
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value)
