@@ -59,6 +59,7 @@ QUIET = (
     r".*is in eval mode.*",
     r".*GPU available but not used.*",
     r".*isinstance\(treespec.*",
+    r".*No positive samples in targets.*",
 )
 
 

@@ -63,7 +63,10 @@ def compare(splits: Splits, values: Mapping[str, float], *, causal: bool) -> Fou
         cache=test.cache,
     )
     novel = values.get(f"test/{name}_novel")
-    return Found(chosen(rows), table(rows, bits, novel))
+    lines = table(rows, bits, novel)
+    if not causal:
+        lines.append("of the network: bases shown as [MASK]; the rows see every neighbour unmasked")
+    return Found(chosen(rows), lines)
 
 
 def chosen(rows: list[Row]) -> dict[str, float]:

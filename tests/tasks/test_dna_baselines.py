@@ -88,7 +88,8 @@ def test_a_masked_network_stands_beside_models_of_both_sides() -> None:
     assert row is not None
     assert found.values.keys() == {"test/markov_bits", "test/markov_bits_novel"}
     assert found.values["test/markov_bits"] == pytest.approx(row.bits, rel=1e-12)
-    rows = found.lines[2:]
+    rows = found.lines[2:-1]
+    assert "shown as [MASK]" in found.lines[-1]
     assert len(rows) == 6
     assert all("two-sided" in line for line in rows)
 
