@@ -30,18 +30,21 @@ from suite.callbacks import (
     PrimaryTracker,
     ProgressLines,
     SuiteProgressBar,
-    Throughput,
 )
 from suite.checkpoint import init_from
 from suite.config import Config, to_dict
 from suite.data import Splits, SuiteDataModule
 from suite.ema import WeightEMA
 from suite.errors import ConfigError
+from suite.memory import check_memory
 from suite.metrics import JsonlLogger
 from suite.module import SuiteModule
 from suite.norms import NormFactory, foreign_norms, make_norm, norm_modules
 from suite.optim import layer_scales
 from suite.registry import TaskSpec, load_task
+from suite.sharding import NAME as SHARDED
+from suite.sharding import ShardedStrategy, Sharding, check_precision, check_shardable
+from suite.throughput import Throughput
 from suite.train import say
 
 QUIET = (
@@ -103,10 +106,12 @@ def build_model(config: Config, spec: TaskSpec, factory: NormFactory, splits: Sp
     The same seed with another norm gives the same non-norm parameters, since norms draw no numbers.
     """
     L.seed_everything(config.seed, verbose=False)
+    sharded = config.trainer.strategy == SHARDED
     try:
-        model: nn.Module = spec.models[config.model_name].build(
-            config.model, norm=factory, data=splits.info
-        )
+        with torch.device("meta") if sharded else nullcontext():
+            model: nn.Module = spec.models[config.model_name].build(
+                config.model, norm=factory, data=splits.info
+            )
     except ConfigError:
         raise
     except ValueError as error:
@@ -132,6 +137,8 @@ def build_model(config: Config, spec: TaskSpec, factory: NormFactory, splits: Sp
         raise ConfigError(
             f"model={config.model_name}: has no norm that norm={config.norm_name} could be"
         )
+    if sharded:
+        check_shardable(model, name=config.model_name)
     return model
 
 
@@ -150,10 +157,12 @@ def build_parts(config: Config, *, processes: int) -> Parts:
     torch.set_float32_matmul_precision(config.run.matmul_precision)
     spec, factory = load_task(config.task_name), build_norm(config)
     splits = build_data(config, spec)
+    if not config.evaluate:
+        check_memory(config, spec, factory, splits.info)
     model = build_model(config, spec, factory, splits)
     if config.optim.layer_decay is not None:
         layer_scales(model, config.optim.layer_decay)  # refuses a model without layers
-    notes = []
+    sharding, notes = build_sharding(config), []
     if config.model.init_from and not config.evaluate:
         across = config.model.init_across_norms
         norm = factory.describe()
@@ -163,6 +172,7 @@ def build_parts(config: Config, *, processes: int) -> Parts:
             norm=norm,
             across_norms=across,
             options=config.model,
+            later=None if sharding is None else sharding.weights,
         )
     trainer = config.trainer
     accumulate = trainer.accumulate_grad_batches
@@ -189,6 +199,7 @@ def build_parts(config: Config, *, processes: int) -> Parts:
         steps_per_epoch=max(1, batches // accumulate),
         padded=not config.data.drop_last or data.skips or getattr(config.data, "by_length", False),
     )
+    module.sharding = sharding
     return Parts(config, spec, factory, module, data, notes)
 
 
@@ -314,6 +325,7 @@ def build_trainer(
         "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
         "enable_model_summary": False,
         "use_distributed_sampler": False,
+        "inference_mode": t.strategy != SHARDED,  # whose gathered weights would be of no use after
     }
     if t.limit_val_batches == 0:
         arguments["limit_val_batches"] = 0
@@ -332,12 +344,22 @@ class NoProfiler(PassThroughProfiler):
         return self._shared
 
 
+def build_sharding(config: Config) -> Sharding | None:
+    """How the model is cut over the processes; None where each has a whole one."""
+    if config.trainer.strategy != SHARDED:
+        return None
+    check_precision(config.trainer.precision)
+    return Sharding(config.seed, compile=config.run.compile)
+
+
 def build_strategy(config: Config, *, processes: int) -> Strategy | str:
-    """DDP with the run's time-out for several processes; anything else by its name."""
+    """DDP or shards with the run's time-out; anything else by its name."""
     name = config.trainer.strategy
+    timeout = timedelta(seconds=config.run.dist_timeout)
+    if name == SHARDED:
+        return ShardedStrategy(processes=processes, timeout=timeout)
     unused = name == "ddp_find_unused_parameters_true"
     if processes > 1 and (unused or name in ("auto", "ddp")):
-        timeout = timedelta(seconds=config.run.dist_timeout)
         return DDPStrategy(
             timeout=timeout, find_unused_parameters=unused, gradient_as_bucket_view=True
         )
@@ -349,18 +371,3 @@ def parameter_count(parts: Parts) -> tuple[int, int]:
     norms = {id(p) for _, m in norm_modules(parts.module.model) for p in m.parameters()}
     sizes: Mapping[int, int] = {id(p): p.numel() for p in parts.module.model.parameters()}
     return sum(sizes.values()), sum(n for key, n in sizes.items() if key in norms)
-
-
-def meta_size(config: Config) -> tuple[int, int]:
-    """(parameters, bytes that training needs for them) from the meta device: nothing is allocated.
-
-    Weights, gradients and AdamW's two moments in float32: 16 bytes a parameter; activations come
-    on top.
-    """
-    spec, factory = load_task(config.task_name), build_norm(config)
-    splits = build_data(config, spec)
-    with torch.device("meta"):
-        model = spec.models[config.model_name].build(config.model, norm=factory, data=splits.info)
-    count = sum(p.numel() for p in model.parameters())
-    states = {"adamw": 2, "adam": 2, "sgd": 1}[config.optim.name]
-    return count, 4 * (2 + states) * count

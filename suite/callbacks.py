@@ -22,67 +22,9 @@ from suite.checkpoint import read_checkpoint
 from suite.errors import DivergedError
 from suite.module import Batch, Observer, SuiteModule
 from suite.norms import norm_modules
+from suite.sharding import local, whole
 
 PRODUCT_RANGE = (0.3, 3.0)
-
-
-class Throughput(Callback, Observer):
-    """Steps and units a second between logged windows, without validation and without the first
-    window.
-
-    The first window holds compilation and cache warm-up, so it is logged but kept out of the
-    summary.
-    """
-
-    def __init__(self, unit: str) -> None:
-        self.unit = unit
-        self.windows = 0
-        self.units, self.steps, self.seconds = 0.0, 0, 0.0
-        self._busy, self._steps, self._since = 0.0, 0, 0.0
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if not self._since:
-            self._since = time.perf_counter()
-
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        now = time.perf_counter()
-        self._busy += now - self._since
-        self._since = now
-        self._steps += int((batch_idx + 1) % trainer.accumulate_grad_batches == 0)
-
-    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._since = 0.0
-
-    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._since = 0.0
-
-    def on_window(self, module: SuiteModule, values: dict[str, float], units: float) -> None:
-        if self._steps and self._busy > 0:
-            values[f"throughput/{self.unit}_per_s"] = units / self._busy
-            values["throughput/step_ms"] = 1e3 * self._busy / self._steps
-            if self.windows:
-                self.units, self.steps = self.units + units, self.steps + self._steps
-                self.seconds += self._busy
-            self.windows += 1
-        self._busy, self._steps = 0.0, 0
-
-    def summary(self) -> dict[str, Any]:
-        """For result.json."""
-        known = self.seconds > 0
-        return {
-            "unit": self.unit,
-            "per_s": self.units / self.seconds if known else None,
-            "step_ms": 1e3 * self.seconds / self.steps if known else None,
-        }
 
 
 class NormStatistics(Callback, Observer):
@@ -126,7 +68,7 @@ class NormStatistics(Callback, Observer):
         for _, module_norm in norm_modules(module.model):
             norm: Any = module_norm
             if isinstance(getattr(norm, "alpha", None), Tensor):
-                self._seen[norm.site, "alpha"].append(norm.alpha.detach().float().mean())
+                self._seen[norm.site, "alpha"].append(whole(norm.alpha).float().mean())
         for (site, name), seen in self._seen.items():
             found = torch.stack(seen)
             values[f"norm/{site}/{name}"] = float(found.mean())
@@ -202,7 +144,7 @@ class NonFiniteGuard(Callback, Observer):
         gradients = [
             n
             for n, p in module.named_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
+            if p.grad is not None and not local(p.grad).isfinite().all()
         ]
         if batch is None:
             return f"non-finite gradient at {where}"
@@ -392,6 +334,8 @@ class PrimaryTracker(Callback):
         for key in self.state_dict():
             setattr(self, key, state_dict.get(key, getattr(self, key)))
         if self.path is not None and self.path.is_file():  # it may be later than last.ckpt
-            held = read_checkpoint(self.path).get("callbacks", {}).get(self.state_key, {})
+            held = (
+                read_checkpoint(self.path, lazy=True).get("callbacks", {}).get(self.state_key, {})
+            )
             self.take(held.get("metrics", {}), held.get("best_step", 0))
             self.last, self.last_step = state_dict["last"], state_dict["last_step"]

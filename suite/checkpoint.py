@@ -8,7 +8,9 @@ under `weights_only=True`, which runs no code from the file.
 
 from __future__ import annotations
 
+import json
 import re
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 from suite.errors import ConfigError
 from suite.norms import check_compatible, norm_parameters
 
-SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".safetensors.index.json")
+PUBLISHED = ("model.safetensors", "model.safetensors.index.json")  # in Hugging Face's folders
 WRAPPERS = ("state_dict", "model_ema", "model")  # where published files keep their weights
 
 
@@ -33,7 +36,7 @@ def find_checkpoint(path: str | Path, *, key: str, prefer: str) -> Path:
     """
     path = Path(path).expanduser()
     if path.is_file():
-        if path.suffix not in SUFFIXES:
+        if not path.name.endswith(SUFFIXES):
             raise ConfigError(f"{key}={path}: not a weights file; allowed: {', '.join(SUFFIXES)}")
         return path
     if not path.is_dir():
@@ -43,21 +46,30 @@ def find_checkpoint(path: str | Path, *, key: str, prefer: str) -> Path:
         found = path / "checkpoints" / f"{name}.ckpt"
         if found.is_file():
             return found
-    raise ConfigError(f"{key}={path}: has no checkpoints/best.ckpt or last.ckpt to start from")
+    for name in PUBLISHED:
+        if (path / name).is_file():
+            return path / name
+    raise ConfigError(
+        f"{key}={path}: has no checkpoints/best.ckpt or last.ckpt to start from, and no "
+        "model.safetensors"
+    )
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What a file holds, read on the CPU.
+def read_checkpoint(path: Path, *, lazy: bool = False) -> dict[str, Any]:
+    """What a file holds, on the CPU. lazy: tensors stay on the disk until they are looked at.
 
     Raises ConfigError for one that is broken or not plain data.
     """
+    if path.suffix == ".json":
+        return read_parts(path)
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))
         except (SafetensorError, OSError) as error:
             raise ConfigError(f"{path}: not a readable safetensors file ({error})") from error
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=None)
+        lazy = lazy and zipfile.is_zipfile(path)  # older files have to be read whole
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy or None)
     except Exception as error:  # of a damaged file, whatever its bytes make the reader do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = re.sub(r"\x1b\[[0-9;]*m", "", reason)  # torch colours its advice
@@ -67,6 +79,27 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: holds a {type(content).__name__}, expected a state dict")
     return content
+
+
+def read_parts(index: Path) -> dict[str, Any]:
+    """The tensors of all the files that Hugging Face's index of a large model names.
+
+    Raises ConfigError for an index that is not one, and for files that are missing or elsewhere.
+    """
+    try:
+        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(listed.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{index}: not an index of safetensors files ({reason})") from None
+    state: dict[str, Any] = {}
+    for name in files:
+        if Path(str(name)).name != name or not str(name).endswith(".safetensors"):
+            raise ConfigError(f"{index}: names {name!r}, expected .safetensors files beside it")
+        state.update(read_checkpoint(index.parent / name))
+    if missing := sorted(set(listed) - set(state)):
+        raise ConfigError(f"{index}: its files do not hold {few(missing)}")
+    return state
 
 
 def read_resumable(path: Path) -> Mapping[str, Any]:
@@ -110,12 +143,13 @@ def init_from(
     norm: Mapping[str, Any],
     across_norms: bool,
     options: Any = None,
+    later: dict[str, Tensor] | None = None,
 ) -> list[str]:
     """Load a file's or a run's weights into `model` before training; returns notes on what was
     done.
 
-    norm: the chosen factory's description. across_norms: load what both norms have. options: the
-    model's, see `read_weights`.
+    norm: the chosen factory's description. across_norms: load what both norms have. options, later:
+    see `read_weights`.
     Raises ConfigError if names or shapes differ, or the norm does and across_norms is off.
     """
     file = find_checkpoint(path, key="model.init_from", prefer="best")
@@ -126,6 +160,7 @@ def init_from(
         key="model.init_from",
         across_norms=across_norms,
         options=options,
+        later=later,
     )
 
 
@@ -137,6 +172,7 @@ def read_weights(
     key: str,
     across_norms: bool = False,
     options: Any = None,
+    later: dict[str, Tensor] | None = None,
 ) -> list[str]:
     """Load `file` into `model`, strictly but for norms if across_norms. key: its name in errors.
 
@@ -144,9 +180,10 @@ def read_weights(
     or of another of its tasks, under its own names. whole: nothing may be left at its initial
     value. And fixed_by_weights, the names of options that leave no trace in names or shapes: where
     the file says what they were, they must be as in `options`.
+    later: takes the tensors, still on the disk, in place of a model that has no values yet.
     """
     where = f"{key}={file}"
-    content = read_checkpoint(file)
+    content = read_checkpoint(file, lazy=later is not None)
     try:
         state, identity = split_weights(content)
     except ConfigError as error:
@@ -184,7 +221,11 @@ def read_weights(
             hint = "It looks trained with another norm: choose that norm"
         hint = f". {hint}" if hint else ""
         raise ConfigError(f"{where}: these are not weights of this model: {listed}{hint}")
-    model.load_state_dict({k: v for k, v in state.items() if k in own}, strict=not across_norms)
+    known = {k: v for k, v in state.items() if k in own}
+    if later is None:
+        model.load_state_dict(known, strict=not across_norms)
+    else:
+        later.update(known)
     notes = [f"loaded {len(state) - len(foreign)} tensors from {file}", *notes]
     if identity is None:
         notes.append(f"the file does not say its norm; it is taken as norm={norm['name']}")

@@ -20,6 +20,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from suite.sharding import load_whole, local, put, whole_tensors
+
 
 class WeightEMA(Callback):
     """average = decay * average + (1 - decay) * weights after every optimizer step.
@@ -41,13 +43,14 @@ class WeightEMA(Callback):
             self.held = {n: t.detach().clone() for n, t in state_tensors(pl_module).items()}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The model is on its device now, and a resumed one is loaded."""
+        """The model is on its device now and, if it is to be, cut over the processes."""
         self._floats, self._wholes = ([], []), ([], [])
         for name, tensor in state_tensors(pl_module).items():
-            self.held[name] = self.held[name].to(tensor)
+            held = self.held[name]  # without values where the model had none before it was cut
+            self.held[name] = tensor.detach().clone() if held.is_meta else held.to(tensor)
             averages, weights = self._floats if tensor.is_floating_point() else self._wholes
-            averages.append(self.held[name])
-            weights.append(tensor.detach())
+            averages.append(local(self.held[name]))
+            weights.append(local(tensor.detach()))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step  # a resumed one is known only now
@@ -78,27 +81,29 @@ class WeightEMA(Callback):
     def _swap(self, module: nn.Module) -> None:
         self.swapped = not self.swapped
         for name, tensor in state_tensors(module).items():
-            other = self.held[name].clone()
-            self.held[name].copy_(tensor)
-            tensor.copy_(other)
+            held, shown = local(self.held[name]), local(tensor)
+            other = held.clone()
+            held.copy_(shown)
+            shown.copy_(other)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         first = {id(tensor): name for name, tensor in state_tensors(pl_module).items()}
         names = {n: first[id(t)] for n, t in pl_module.state_dict(keep_vars=True).items()}
-        own, other = checkpoint["state_dict"], {n: self.held[names[n]] for n in names}
+        own = checkpoint["state_dict"]
+        other = whole_tensors({n: self.held[names[n]] for n in names})
         average, current = (own, other) if self.swapped else (other, own)
         checkpoint["state_dict"], checkpoint["current_model_state"] = average, current
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Before the model goes to its device; its weights are `state_dict`, the average."""
+        """The model's weights are `state_dict`, the average."""
         for name in self.held:
-            self.held[name].copy_(checkpoint["state_dict"][name])
+            put(self.held[name], checkpoint["state_dict"][name])
         if "current_model_state" in checkpoint:
-            pl_module.load_state_dict(checkpoint["current_model_state"])
+            load_whole(pl_module, checkpoint["current_model_state"])
 
 
 def state_tensors(module: nn.Module) -> dict[str, Tensor]:

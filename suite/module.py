@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -24,6 +25,7 @@ from suite.norms import calibrate, check_compatible, norm_modules
 from suite.optim import build_optimizer, schedule, warmup_steps
 from suite.randomness import derive
 from suite.ranks import world_size
+from suite.sharding import Sharding, local, total_over_ranks
 from suite.sums import Number, StepOutput, Sums, means
 
 if TYPE_CHECKING:
@@ -43,14 +45,13 @@ class Observer:
 
 
 def total_norm(grads: list[Tensor]) -> Tensor:
-    """The 2-norm of all gradients together, 0-dim; a whole tensor where they are sharded.
+    """The 2-norm of all gradients together, 0-dim.
 
     torch.nn.utils.get_total_norm sorts them by device and type first, which is 0.1 ms a step.
     """
     if not grads:
         return torch.zeros(())
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
 
 
 class SuiteModule(L.LightningModule):
@@ -61,6 +62,8 @@ class SuiteModule(L.LightningModule):
     model, norm, resolved config). nominal: examples of one micro-batch of one process, which scales
     the loss to about 1 before the exact rescaling. steps_per_epoch: optimizer steps of an epoch.
     padded: whether training batches may hold rows that are not valid.
+    folder: where a task may leave files beside the result; None where nothing is written.
+    sharding: how `model`, then without values, is cut over the processes; None: it is whole.
     """
 
     def __init__(
@@ -88,6 +91,8 @@ class SuiteModule(L.LightningModule):
         self.latest: dict[str, float] = {}
         self.train_loss: float | None = None
         self.batch: Batch | None = None
+        self.folder: Path | None = None
+        self.sharding: Sharding | None = None
         self._step_count: Number = 0
         self._grad_norm: Tensor | None = None
         self._lr = 0.0
@@ -138,9 +143,22 @@ class SuiteModule(L.LightningModule):
         """With the metrics of a whole split, the same on every process; may add to `values`."""
 
     @property
+    def flops_per_unit(self) -> float | None:
+        """Floating-point operations that one unit of throughput takes in training, if known."""
+        return None
+
+    @property
     def updates(self) -> int:
         """Optimizer steps that were taken; 0 outside a trainer."""
         return 0 if self._trainer is None else int(self._trainer.global_step)
+
+    def configure_model(self) -> None:
+        """Cut the model where that was asked for; Lightning calls it before every run."""
+        if self.sharding is not None:
+            mesh = self.device_mesh
+            assert mesh is not None
+            device = self.trainer.strategy.root_device
+            self.sharding.apply(self.model, mesh=mesh["data_parallel"], device=device)
 
     # -- training -------------------------------------------------------------------------------
 
@@ -177,10 +195,14 @@ class SuiteModule(L.LightningModule):
         """Gradients of the exact global mean, their norm, and clipping, in one pass over them."""
         for parameter in self.frozen():
             parameter.grad = None
-        grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+        held = [p.grad for g in optimizer.param_groups for p in g["params"]]
+        grads = [local(grad) for grad in held if grad is not None]
         self._lr = optimizer.param_groups[0]["lr"]
         scale = self._exact_scale()
-        norm = total_norm(grads) * scale
+        norm = total_norm(grads)
+        if self.sharding is not None:
+            norm = total_over_ranks(norm)
+        norm = norm * scale
         self._grad_norm = norm
         for observer in self.observers:
             observer.on_gradients(self, norm)
@@ -189,9 +211,8 @@ class SuiteModule(L.LightningModule):
         if norm.device.type != "cpu" or float(scale) != 1.0:
             torch._foreach_mul_(grads, scale)
         if gradient_clip_val is not None and gradient_clip_algorithm == "value":
-            torch.nn.utils.clip_grad_value_(
-                [p for g in optimizer.param_groups for p in g["params"]], gradient_clip_val
-            )
+            torch._foreach_clamp_min_(grads, -gradient_clip_val)
+            torch._foreach_clamp_max_(grads, gradient_clip_val)
 
     def _exact_scale(self) -> Tensor | float:
         """From the scaling that autograd, Lightning and DDP applied to that of the global mean.

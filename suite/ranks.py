@@ -1,4 +1,4 @@
-"""Sums over all processes of a training that a task needs inside its step.
+"""Sums and rows over all processes of a training that a task needs.
 
 A task whose loss is a mean writes no collective: `suite.module` makes the mean exact. A loss that
 is not a mean of examples, such as the entropy of codes over a batch, needs the sums themselves, and
@@ -34,3 +34,19 @@ def sums_over_ranks(*values: Tensor) -> list[Tensor]:
         v + (total.view_as(v) - v.detach()).to(v.dtype)
         for v, total in zip(values, totals, strict=True)
     ]
+
+
+def gather_rows(rows: Tensor, *, total: int) -> Tensor:
+    """The `total` rows of all processes in order; this one holds rows rank, rank + world, ...
+
+    Every process has to call it, and every process gets all rows. No gradient.
+    """
+    world = world_size()
+    if world == 1:
+        return rows
+    longest = -(-total // world)
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    everyone = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(everyone, padded)
+    return torch.stack(everyone, dim=1).flatten(0, 1)[:total]

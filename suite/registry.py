@@ -40,12 +40,15 @@ class Choice:
     build: model: build(options, *, norm, data) -> nn.Module; data: build(options, *, seed) ->
     Splits.
     help: one line for `--list`.
+    outline: of a data set: outline(options) -> DataInfo, what a model must know of it, from the
+        options alone; so that a model can be tried out where its data is not.
     """
 
     options: Any
     build: Callable[..., Any]
     help: str = ""
     causal: bool = False
+    outline: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class TaskSpec:
         that everyone writes: what `suite.bench loading` compares with.
     reference: reference() -> the field's own implementation of a training step, a
         suite.reference.Reference: what `suite.bench reference` compares with.
+    outline_batch: outline_batch(info, rows) -> a batch of the data's shapes with nothing in it, on
+        which a model is tried out where there is no memory or no data for it.
     """
 
     name: str
@@ -74,6 +79,7 @@ class TaskSpec:
     options: Any = NoOptions()
     plain_loader: Callable[..., Any] | None = None
     reference: Callable[[], Any] | None = None
+    outline_batch: Callable[..., Any] | None = None
 
 
 def task_names() -> tuple[str, ...]:

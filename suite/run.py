@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
-import torch.distributed as dist
 
 from suite.build import (
     Parts,
@@ -25,7 +24,7 @@ from suite.build import (
     parameter_count,
     quiet,
 )
-from suite.callbacks import PrimaryTracker, Throughput
+from suite.callbacks import PrimaryTracker
 from suite.checkpoint import read_checkpoint
 from suite.children import Children
 from suite.config import (
@@ -46,6 +45,9 @@ from suite.metrics import (
     write_json,
 )
 from suite.norms import Kept, Replaced, swap_rows, swap_table
+from suite.sharding import NAME as SHARDED
+from suite.sharding import share_weights
+from suite.throughput import Throughput
 from suite.train import say
 
 C = TypeVar("C")
@@ -144,6 +146,7 @@ def train(config: Config, *, command: str) -> int:
         initialise(parts)
     open_folder(config, folder, fresh=resume is None)
     introduce(parts, trainer, folder)
+    parts.module.folder = folder
     with Children(trainer, failed=lambda text: record.write("failed", text)):
         follow(record, resume)
     result = record.write("done")
@@ -185,7 +188,7 @@ def tell_unreadable(parts: Parts) -> None:
 def fit(parts: Parts, trainer: L.Trainer, resume: Path | None) -> None:
     """Train; compiled if asked for."""
     mode = parts.config.run.compile
-    if mode:
+    if mode and parts.module.sharding is None:  # a sharded one is compiled block by block
         parts.module.model.compile(mode=None if mode == "default" else mode)
     trainer.fit(
         parts.module,
@@ -216,22 +219,11 @@ def test(parts: Parts, trainer: L.Trainer, folder: Path) -> Mapping[str, float]:
         return {}
     best = folder / "checkpoints" / "best.ckpt"
     if trainer.strategy.broadcast(best.is_file()):
-        if is_main_process():
-            parts.module.load_state_dict(read_checkpoint(best)["state_dict"])
         # torchrun's other ranks may have numbered another folder, or not see rank 0's disk
-        share_weights(parts, trainer)
+        state = read_checkpoint(best, lazy=True)["state_dict"] if is_main_process() else {}
+        share_weights(parts.module, state, trainer.strategy.root_device)
     trainer.test(parts.module, datamodule=parts.data, verbose=False)
     return measured(trainer, "test")
-
-
-def share_weights(parts: Parts, trainer: L.Trainer) -> None:
-    """Give every process the first one's weights and buffers, one tensor at a time."""
-    if trainer.world_size == 1:
-        return
-    for held in parts.module.state_dict().values():
-        sent = held.to(trainer.strategy.root_device)
-        dist.broadcast(sent, src=0)
-        held.copy_(sent)
 
 
 def measured(trainer: L.Trainer, split: str) -> dict[str, float]:
@@ -244,6 +236,12 @@ def initialise(parts: Parts) -> None:
     config = parts.config
     if config.model.init_from or not parts.module.initialises:
         return
+    if parts.module.sharding is not None:
+        raise ConfigError(
+            f"norm.alpha_init=calibrated: needs the whole model in one process, which "
+            f"trainer.strategy={SHARDED} never has; give a number, or model.init_from=FILE of a "
+            "model that was calibrated"
+        )
     batch = parts.data.fixed_batch(CALIBRATION_EXAMPLES)
     try:
         alphas = parts.module.initialise(batch)

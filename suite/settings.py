@@ -32,6 +32,7 @@ STRATEGIES = (
     "ddp",
     "ddp_find_unused_parameters_true",
     "fsdp",
+    "fully_shard",
     "deepspeed",
     "deepspeed_stage_1",
     "deepspeed_stage_2",

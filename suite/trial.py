@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from suite.build import (
     build_callbacks,
+    build_data,
     build_norm,
     build_parts,
     build_trainer,
     check_model,
-    meta_size,
     quiet,
 )
 from suite.checkpoint import find_checkpoint, read_weights
 from suite.children import Children
 from suite.config import Config, check_devices
+from suite.errors import ConfigError
 from suite.folder import choose_folder
+from suite.memory import Need, available_memory, data_outline, gib, need
 from suite.metrics import is_main_process, plain
+from suite.registry import load_task
 from suite.run import fit, initialise, introduce, measured, tell_unreadable
 from suite.train import say
 
@@ -38,7 +37,11 @@ def evaluate(config: Config) -> int:
     parts = build_parts(config, processes=processes)
     norm = build_norm(config).describe()
     model = parts.module.model
-    for note in read_weights(model, file, norm=norm, key="evaluate", options=config.model):
+    sharding = parts.module.sharding
+    later = None if sharding is None else sharding.weights
+    for note in read_weights(
+        model, file, norm=norm, key="evaluate", options=config.model, later=later
+    ):
         say(f"note: {note}")
     trainer = build_trainer(config, processes=processes, callbacks=[], folder=None)
     check_model(parts, trainer)
@@ -62,18 +65,10 @@ def dry_run(config: Config) -> int:
     A model over the available memory is built on the meta device only, and that is said.
     """
     quiet()
+    if outlined(config):
+        return 0
     processes = check_devices(config)
     choose_folder(config)  # says whether run.dir could be used; writes nothing
-    count, needed = meta_size(config)
-    available = available_memory()
-    if needed > available:
-        need, have = (f"{n / 2**30:.1f} GiB" for n in (needed, available))
-        say(
-            f"dry run: model={config.model_name} has {count:,} parameters; training needs at least "
-            f"{need} for weights, gradients and optimizer, {have} are available: "
-            "built on the meta device only, no batch was run"
-        )
-        return 0
     parts = build_parts(config, processes=processes)
     initialise(parts)
     folder = Path(tempfile.mkdtemp(prefix="suite-dry-run-"))
@@ -97,14 +92,40 @@ def dry_run(config: Config) -> int:
     return 0
 
 
-def available_memory() -> int:
-    """Bytes that could still be taken: of the GPU where there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+def outlined(config: Config) -> bool:
+    """Whether the run cannot be here; then what it needs is said, and nothing is allocated."""
+    spec, factory = load_task(config.task_name), build_norm(config)
+    info, no_data = data_outline(config, spec, lambda: build_data(config, spec))
+    found = need(config, spec, factory, info, activations=False)
+    reason = why_not_here(config, found)
+    if reason is None:
+        return False
+    found = need(config, spec, factory, info, activations=True)
+    if no_data is not None:
+        say(f"note: the data was not looked at: {no_data}")
+    say(
+        f"dry run: model={config.model_name} with norm={config.norm_name}: "
+        f"{found.parameters:,} parameters ({found.of_norms:,} in norms), on the meta device only"
+    )
+    if found.activations is not None:
+        say("forward and backward of a micro-batch on the meta device: every shape fits")
+    say(f"memory over {found.processes} process(es): {found.text()}")
+    if found.largest:
+        others = ", ".join(f"{n}: {gib(found.over(n).total)}" for n in (8, 64, 256))
+        say(f"trainer.strategy=fully_shard, an example at a time, a process of {others}")
+    say(f"{reason}: nothing was allocated, no batch was run, nothing was written")
+    return True
+
+
+def why_not_here(config: Config, found: Need) -> str | None:
+    """Why this machine cannot try the run out; None where it can."""
+    available = available_memory()
+    if found.total > available:
+        return f"only {gib(available)} are available here"
+    if not found.sharded:
+        return None
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError, AttributeError):
-        return sys.maxsize
+        check_devices(config)
+    except ConfigError as error:
+        return str(error)
+    return None

@@ -4,7 +4,15 @@ SPEC.
 Adding a task is a folder and one word here; nothing is imported until a task is chosen.
 """
 
-NAMES = ("vision/classify", "speech/pretrain", "speech/ctc", "dna/pretrain", "dna/classify")
+NAMES = (
+    "vision/classify",
+    "vision/mae",
+    "speech/pretrain",
+    "speech/ctc",
+    "dna/pretrain",
+    "dna/classify",
+    "language/lm",
+)
 
 BENCHES = {
     "scan": ("tasks.dna.scan_bench", "the selective scan of Caduceus against other formulas"),

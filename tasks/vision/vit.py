@@ -11,6 +11,7 @@ Shapes: B batch, N patches, T tokens (N, and one more with a class token), C cha
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,10 +20,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from suite.data import DataInfo
-from suite.errors import ConfigError
 from suite.layers import Attention, DropPath, Mlp, drop_path_schedule
 from suite.norms import NormFactory
 from suite.registry import Choice, ModelOptions
+from tasks.vision.mae_weights import to_vit
+from tasks.vision.patches import check_images
 from tasks.vision.shape import image_shape
 
 EPS = 1e-6  # what ViT was published with; a norm option overrides it
@@ -43,6 +45,7 @@ class ViTOptions(ModelOptions):
     dropout: on the embedding, after the attention's output and after both MLP layers.
     drop_path: rate of the last block; it rises linearly from 0 at the first.
     init: "timm" is truncated normal 0.02 and zero biases in linear layers; "torch" is PyTorch's.
+    head_std: deviation of the head's first weights; None is init's (MAE fine-tunes with 2e-5).
     embed_rms: the patch tokens are to be brought to RMS 1 before training by `scale_embedding`.
     """
 
@@ -60,6 +63,7 @@ class ViTOptions(ModelOptions):
     dropout: float = 0.0
     drop_path: float = 0.0
     init: Literal["timm", "torch"] = "timm"
+    head_std: float | None = None
     embed_rms: bool = False
 
     def __post_init__(self) -> None:
@@ -83,6 +87,8 @@ class ViTOptions(ModelOptions):
                 raise ValueError(
                     f"{name} must be at least 0 and below 1, got {getattr(self, name)}"
                 )
+        if self.head_std is not None and not 0 < self.head_std < math.inf:
+            raise ValueError(f"head_std must be above 0 and finite, got {self.head_std}")
         for name, allowed in (("pool", ("avg", "cls")), ("init", ("timm", "torch"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -165,6 +171,7 @@ class ViT(nn.Module):
         dropout: float = 0.0,
         drop_path: float = 0.0,
         init: Literal["timm", "torch"] = "timm",
+        head_std: float | None = None,
         embed_rms: bool = False,
     ) -> None:
         super().__init__()
@@ -195,6 +202,8 @@ class ViT(nn.Module):
         self.fc_norm = final_norm if pool == "avg" else Unchanged()
         self.head = nn.Linear(dim, classes)
         self._init_weights(init)
+        if head_std is not None:
+            nn.init.trunc_normal_(self.head.weight, std=head_std)
 
     def _init_weights(self, init: Literal["timm", "torch"]) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=POSITION_STD)
@@ -225,6 +234,14 @@ class ViT(nn.Module):
         for block in self.blocks:
             x_BTC = block(x_BTC, mask)
         return self.head(self.fc_norm(self.pool(self.norm(x_BTC, mask)), mask))
+
+    def adapt(
+        self, state: Mapping[str, Tensor], *, whole: bool
+    ) -> tuple[dict[str, Tensor], list[str]]:
+        """Tensors of a masked autoencoder under this model's names, and notes; any other file's
+        as they are."""
+        keep_norm = isinstance(self.pool, ClassTokenPool)
+        return to_vit(state, own=self.state_dict(), keep_norm=keep_norm, whole=whole)
 
     def weights_hint(self, names: set[str]) -> str:
         """What to set so that a file with these names fits; empty if that is not the matter."""
@@ -316,11 +333,11 @@ def build_vit(options: ViTOptions, *, norm: NormFactory, data: DataInfo) -> ViT:
 
     Raises ConfigError if image size or channels differ from the data's, with what to set.
     """
+    classes, _, _ = image_shape(data, model="a ViT classifier")
     check_images(options, data)
-    assert data.classes is not None
     return ViT(
         norm=norm,
-        classes=data.classes,
+        classes=classes,
         image_size=options.image_size,
         patch_size=options.patch_size,
         in_chans=options.in_chans,
@@ -335,24 +352,8 @@ def build_vit(options: ViTOptions, *, norm: NormFactory, data: DataInfo) -> ViT:
         dropout=options.dropout,
         drop_path=options.drop_path,
         init=options.init,
+        head_std=options.head_std,
         embed_rms=options.embed_rms,
-    )
-
-
-def check_images(options: ViTOptions, data: DataInfo) -> None:
-    """Raise a ConfigError that says what to set unless the model takes the data's images."""
-    _, size, chans = image_shape(data, model="a ViT classifier")
-    if (options.image_size, options.in_chans) == (size, chans):
-        return
-    patch = options.patch_size
-    if size % patch or size == patch:
-        patch = max(p for p in (16, 8, 7, 4, 2, 1) if size % p == 0)
-    wanted = {"image_size": size, "in_chans": chans, "patch_size": patch}
-    changes = " ".join(f"model.{k}={v}" for k, v in wanted.items() if getattr(options, k) != v)
-    raise ConfigError(
-        f"model: takes images of {options.in_chans} x {options.image_size} x {options.image_size}, "
-        f"but data={data.name} has {chans} x {size} x {size}. "
-        f"Set {changes}, or choose another data set"
     )
 
 

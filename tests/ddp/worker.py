@@ -21,6 +21,8 @@ from suite.train import main
 from tasks.dna.genome import GenomeOptions
 from tasks.dna.labelled import LabelledOptions
 from tasks.dna.tokens import PAD
+from tasks.language.shakespeare import ShakespeareOptions
+from tasks.language.tokens import IGNORE
 from tasks.speech.split import AudioOptions, AudioSplit
 from tasks.vision.augment import VisionDataOptions
 from tasks.vision.fashion_mnist import build_mini
@@ -105,6 +107,31 @@ class FirstCut(First):
         return batch
 
 
+@dataclass(frozen=True)
+class FirstTextOptions(ShakespeareOptions):
+    """The first `size` rows of each split of the plays, some of them cut short."""
+
+    size: int = 7
+
+
+class FirstText(First):
+    """The first rows of a split; every third asks for its beginning alone, as a padded one does."""
+
+    def fetch(self, indices: list[int], *, epoch: int, train: bool) -> dict[str, torch.Tensor]:
+        batch = super().fetch(indices, epoch=epoch, train=train)
+        for row, index in enumerate(indices):
+            if index % 3 == 0:
+                batch["target"][row, 5 + index :] = IGNORE
+        return batch
+
+
+def build_first_text(options: FirstTextOptions, *, seed: int, build: Any) -> Splits:
+    whole = build(options, seed=seed)
+    sizes = dict.fromkeys(("train", "val", "test"), options.size)
+    info = replace(whole.info, name="first", sizes=sizes)
+    return Splits(*(FirstText(getattr(whole, name), options.size) for name in sizes), info)
+
+
 def build_first_rows(options: Any, *, seed: int, build: Any, extra: Any) -> Splits:
     whole = build(options, seed=seed)
     sizes = dict.fromkeys(("train", "val", "test"), options.size)
@@ -128,6 +155,9 @@ if __name__ == "__main__":
         first = next(iter(table.values())).build
         build = partial(build_first_rows, build=first, extra={"padded": True})
         table["first"] = Choice(options, build, "the first rows")  # type: ignore[index]
+    table = load_task("language/lm").data
+    build = partial(build_first_text, build=next(iter(table.values())).build)
+    table["first"] = Choice(FirstTextOptions(length=48), build, "the first rows")  # type: ignore[index]
     for arguments in json.loads(Path(sys.argv[1]).read_text()):
         code = main(arguments)
         if code:

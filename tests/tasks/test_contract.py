@@ -51,6 +51,36 @@ DNA: dict[str, dict[str, Any]] = {
     },
     "caduceus_": {"dim": 16, "depth": 2, "state": 4, "embed_std": 1.0, "init_std": 0.2},
 }
+MAE = {
+    "image_size": 28,
+    "in_chans": 1,
+    "patch_size": 7,
+    "dim": 24,
+    "depth": 2,
+    "heads": 2,
+    "decoder_dim": 16,
+    "decoder_depth": 1,
+    "decoder_heads": 2,
+}
+LANGUAGE: dict[str, dict[str, Any]] = {
+    "llama_": {
+        "dim": 24,
+        "depth": 2,
+        "heads": 4,
+        "kv_heads": 2,
+        "hidden_dim": 32,
+        "vocab_size": None,
+        "checkpoint": False,
+    },
+    "gpt2_": {
+        "dim": 24,
+        "depth": 2,
+        "heads": 4,
+        "vocab_size": None,
+        "max_length": 256,
+        "checkpoint": False,
+    },
+}
 TINY: dict[str, dict[str, dict[str, Any]]] = {
     "vision/classify": {
         "vit_": {
@@ -78,6 +108,8 @@ TINY: dict[str, dict[str, dict[str, Any]]] = {
     "speech/ctc": {"wav2vec2_": WAV2VEC2},
     "dna/pretrain": DNA,
     "dna/classify": DNA,
+    "vision/mae": {"mae_": MAE},
+    "language/lm": LANGUAGE,
 }
 BATCH = {
     "vision/classify": 16,
@@ -85,7 +117,10 @@ BATCH = {
     "speech/ctc": 4,
     "dna/pretrain": 4,
     "dna/classify": 6,
+    "vision/mae": 16,
+    "language/lm": 2,
 }
+SMALL = {"vit_fmnist", "convnext_fmnist", "mae_tiny"}  # made for 28 x 28 grey images
 RATE = {"dna/classify": 1e-2}  # where twelve steps of 3e-3 are too short a way
 PER_EXAMPLE = {
     "vision/classify",
@@ -254,11 +289,18 @@ def test_full_size_models_build_on_the_meta_device(norm: str) -> None:
     for task in task_names():
         spec = load_task(task)
         info = DataInfo(
-            "x", "", "", "", True, {}, classes=10, extra={"image_size": 224, "in_chans": 3}
+            "x",
+            "",
+            "",
+            "",
+            True,
+            {},
+            classes=10,
+            extra={"image_size": 224, "in_chans": 3, "vocab_size": 257},
         )
         factory = make_norm(norm)
         for name, choice in spec.models.items():
-            extra = {"image_size": 28, "in_chans": 1} if name.endswith("_fmnist") else {}
+            extra = {"image_size": 28, "in_chans": 1} if name in SMALL else {}
             data = replace(info, extra={**info.extra, **extra})
             options = choice.options
             if name == "timm":

@@ -743,7 +743,7 @@ def test_the_commands_of_the_page_on_recipes_load(
     monkeypatch.chdir(tmp_path)
     for file in re.findall(r"evaluate=(\S+)", "\n".join(commands)):
         (tmp_path / file).touch()
-    assert {"vision", "speech", "dna"} == {
+    assert {"vision", "speech", "dna", "language"} == {
         load(shlex.split(line.removeprefix(start), comments=True)).settled.task_name.split("/")[0]
         for line in commands
     }

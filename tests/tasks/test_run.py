@@ -263,7 +263,20 @@ def test_dry_run_of_a_model_over_the_memory_stays_on_the_meta_device(
     monkeypatch.setattr("suite.trial.available_memory", lambda: 2**30)
     big = ["model=vit_large", "model.image_size=28", "model.in_chans=1", "model.patch_size=7"]
     assert main([*SHORT, *big, "--dry-run"]) == 0
-    assert "meta device only" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "on the meta device only" in said
+    assert "nothing was allocated" in said
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_model_over_the_memory_is_refused_before_anything_is_allocated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("suite.memory.available_memory", lambda: 2**20)
+    assert main(SHORT) == 2
+    said = capsys.readouterr().err
+    assert "needs at least" in said
+    assert "0.0 GiB are available" in said
 
 
 def test_calibrated_alphas_are_in_the_checkpoint_and_survive_a_resume() -> None:

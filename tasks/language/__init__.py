@@ -1,0 +1,1 @@
+"""Language: LLaMA and GPT-2 on bytes, characters or tokens."""

@@ -1,0 +1,131 @@
+"""Text files of a user: which there are, and that they are text.
+
+A picture that is read as text trains a model without a word, so what is no text is refused by its
+name and the first bytes of it that show what it is.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from suite.errors import ConfigError, shown
+
+BOM = b"\xef\xbb\xbf"
+MAGIC = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+    b"%PDF-": "a PDF",
+    b"PK\x03\x04": "a zip archive (or a .docx, .epub, .npz or PyTorch file, which are such)",
+    b"\x1f\x8b": "gzip-compressed",
+    b"BZh": "bzip2-compressed",
+    b"\xfd7zXZ\x00": "xz-compressed",
+    b"\x28\xb5\x2f\xfd": "zstd-compressed",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"PAR1": "a Parquet table",
+    b"\x93NUMPY": "a NumPy array",
+    b"RIFF": "a sound or an image (RIFF)",
+    b"OggS": "a sound (Ogg)",
+    b"fLaC": "a sound (FLAC)",
+    b"\x7fELF": "a program",
+    b"SQLite format 3\0": "an SQLite database",
+    b"\xff\xfe": "UTF-16 text (iconv -f UTF-16 -t UTF-8 converts it)",
+    b"\xfe\xff": "UTF-16 text (iconv -f UTF-16 -t UTF-8 converts it)",
+}  # fmt: skip
+
+
+class Document(NamedTuple):
+    """A file, or a part of one. name: its path below the root, with slashes."""
+
+    name: str
+    content: bytes
+
+
+def read_all(root: Path, *, suffixes: str, utf8: bool) -> tuple[list[Document], list[str]]:
+    """The documents by name, and notes. Raises ConfigError for what is no text."""
+    if not root.exists():
+        raise ConfigError(
+            f"data=text: data.root={shown(root)} is not there; name a text file or a folder of them"
+        )
+    if root.is_file():
+        names = {root.name: root}
+    else:
+        names = find_texts(root, suffixes=suffixes)
+    documents = [
+        Document(name, read_text(file, utf8=utf8))
+        for name, file in sorted(names.items(), key=lambda item: name_bytes(item[0]))
+    ]
+    found = [each for each in documents if each.content]
+    if not found:
+        raise ConfigError(f"data=text: {shown(root)} has no text: {len(names)} files, all empty")
+    empty = len(documents) - len(found)
+    return found, [f"{empty:,} empty files are left out"] if empty else []
+
+
+def find_texts(root: Path, *, suffixes: str) -> dict[str, Path]:
+    """Files with the suffixes, by their path below root; hidden ones are not looked at."""
+    wanted, names, others = endings(suffixes), {}, 0
+    for folder, inner, files in os.walk(root, onerror=refuse):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        for name in files:
+            file = Path(folder, name)
+            if name.startswith("."):
+                continue
+            if file.suffix.lower() in wanted:
+                names[file.relative_to(root).as_posix()] = file
+            else:
+                others += 1
+    if not names:
+        has = f"{others:,} other files" if others else "no files at all"
+        raise ConfigError(
+            f"data=text: {shown(root)} has no files that end in {suffixes} ({has}); set "
+            "data.root, or data.suffixes=.txt,.py,..."
+        )
+    return names
+
+
+def refuse(error: OSError) -> None:
+    """Say that a folder cannot be listed, where os.walk would pass over it."""
+    raise ConfigError(f"data=text: {shown(error.filename)} cannot be read ({error.strerror})")
+
+
+def endings(suffixes: str) -> tuple[str, ...]:
+    """The option as lower-case suffixes with their dots."""
+    given = (each.strip().lower() for each in suffixes.split(","))
+    return tuple(each if each.startswith(".") else f".{each}" for each in given if each)
+
+
+def read_text(file: Path, *, utf8: bool) -> bytes:
+    """A file's bytes without a byte order mark. utf8: refuse what is none. Raises ConfigError."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"data=text: {shown(file)} cannot be read ({error.strerror})") from None
+    at = content.find(b"\0")
+    for magic, what in MAGIC.items():
+        # letters may begin a text too: they need a NUL to be believed
+        letters = magic.isalnum()
+        if content.startswith(magic) and (at >= 0 or not letters):
+            raise ConfigError(f"data=text: {shown(file)} is no text but {what}; take it out")
+    if at >= 0:
+        raise ConfigError(
+            f"data=text: {shown(file)} is no text: byte {at:,} is NUL; take the file out, or "
+            "convert it to UTF-8"
+        )
+    if utf8:
+        try:
+            content.decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"data=text: {shown(file)} is not UTF-8: byte {error.start:,} is "
+                f"0x{content[error.start]:02x}; convert it (iconv -f LATIN1 -t UTF-8), or use "
+                "data.encoding=bytes"
+            ) from None
+    return content.removeprefix(BOM)
+
+
+def name_bytes(name: str) -> bytes:
+    """A file's name as the bytes that the system has."""
+    return name.encode("utf-8", "surrogateescape")
