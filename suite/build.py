@@ -158,7 +158,7 @@ def build_parts(config: Config, *, processes: int) -> Parts:
     spec, factory = load_task(config.task_name), build_norm(config)
     splits = build_data(config, spec)
     if not config.evaluate:
-        check_memory(config, spec, factory, splits.info)
+        check_memory(config, spec, factory, splits.info, processes=processes)
     model = build_model(config, spec, factory, splits)
     if config.optim.layer_decay is not None:
         layer_scales(model, config.optim.layer_decay)  # refuses a model without layers

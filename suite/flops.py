@@ -7,9 +7,11 @@ nothing. Peaks are the makers' figures for dense products of 16-bit numbers adde
 
 from __future__ import annotations
 
+import re
+
 import torch
 
-# Part of torch's name for a device -> tera-operations a second; the first that fits.
+# Words of torch's name for a device -> tera-operations a second; the first that fits.
 PEAK_16_BIT = {
     "B200": 2250.0,
     "GH200": 989.4,
@@ -42,13 +44,13 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 def peak_of(name: str, precision: str) -> float | None:
     """`peak_flops` of a device by torch's name for it."""
-    found = next((part for part in PEAK_16_BIT if part in name), None)
-    if found is None:
+    found = next((part for part in PEAK_16_BIT if re.search(rf"\b{part}\b", name)), None)
+    if found is None or "MIG" in name.split():  # a slice of one, whose share no name says
         return None
     peak = PEAK_16_BIT[found] * 1e12
     if precision.startswith(("bf16", "16")):
         return peak
     if precision == "32-true" and torch.get_float32_matmul_precision() != "highest":
-        share = next((TF32_SHARE[part] for part in TF32_SHARE if part in name), None)
+        share = TF32_SHARE.get(found.split()[0])
         return None if share is None else peak * share
     return None

@@ -1,9 +1,10 @@
 """What a training will take of a device's memory, told from the meta device: nothing is allocated.
 
-Counted are weights, gradients and the optimizer's moments in float32 (of these a process holds its
-share where they are sharded), copies that a step works on, and the activations that the backward
-pass needs, which are those that autograd saves when the model runs on tensors without numbers. Left
-out are cuDNN's and NCCL's own buffers, fragmentation, and what the data loader holds.
+Counted are weights, gradients, the optimizer's moments and an average of the weights, in float32 or
+what trainer.precision stores them in (of these a process holds its share where they are sharded),
+copies that a step works on, and the activations that the backward pass needs, which are those that
+autograd saves when the model runs on tensors without numbers. Left out are cuDNN's and NCCL's own
+buffers, fragmentation, and what the data loader holds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from suite.errors import ConfigError
 from suite.norms import NormFactory, norm_modules
 from suite.registry import TaskSpec
 
-MOMENTS = {"adamw": 2, "adam": 2, "sgd": 1}
 GIB = 2**30
 TRIED = 2  # examples of the step on the meta device
 
@@ -35,8 +35,9 @@ class Need:
     """Bytes of one process.
 
     parameters, of_norms: of the whole model, in numbers. largest, outside: parameters of the
-    largest unit that is sharded, and of none. states: bytes a parameter of weights, gradient and
-    moments. compute: bytes of a number that is computed with. rows: examples of a micro-batch.
+    largest unit that is sharded, and of none. states: bytes a parameter of weights, gradient,
+    moments and average. stored, compute: bytes of a weight, and of a number that is computed with.
+    again: whether blocks are computed again in the backward pass. rows: examples of a micro-batch.
     activations: of one example; None where the model could not be tried out without data.
     processes: how many there are. sharded: whether they share the states.
     """
@@ -46,7 +47,9 @@ class Need:
     largest: int
     outside: int
     states: int
+    stored: int
     compute: int
+    again: bool
     rows: int
     activations: int | None
     processes: int
@@ -60,11 +63,14 @@ class Need:
     @property
     def working(self) -> int:
         """Whole units that a sharded step works on: this one's and the next one's weights, one
-        gradient, and what is in no unit; or the 16-bit copies of all weights that autocast makes.
+        gradient, and what is in no unit, as they are stored. And the 16-bit copies that autocast
+        makes of weights, which the backward pass needs: of all that are not computed again.
         """
+        copied = self.largest + self.outside if self.again else self.parameters
+        copies = self.compute * copied if self.compute < self.stored else 0
         if self.sharded and self.processes > 1:
-            return self.compute * (3 * self.largest + 2 * self.outside)
-        return 0 if self.compute == 4 else self.compute * self.parameters
+            return copies + self.stored * (3 * self.largest + 2 * self.outside)
+        return copies
 
     @property
     def total(self) -> int:
@@ -126,25 +132,34 @@ def meta_model(config: Config, spec: TaskSpec, factory: NormFactory, info: DataI
 
 
 def need(
-    config: Config, spec: TaskSpec, factory: NormFactory, info: DataInfo, *, activations: bool
+    config: Config,
+    spec: TaskSpec,
+    factory: NormFactory,
+    info: DataInfo,
+    *,
+    activations: bool,
+    processes: int | None = None,
 ) -> Need:
     """What a process needs. activations: run a step on the meta device too, where the task says
-    what a batch looks like; every shape of the model is checked by that.
+    what a batch looks like; every shape of the model is checked by that. processes: how many there
+    are; None: as many as the config says.
     """
     model = meta_model(config, spec, factory, info)
     cut: Any = getattr(model, "shard_units", list)
     units: list[nn.Module] = cut()
     sizes = [sum(p.numel() for p in unit.parameters()) for unit in units]
     count = sum(p.numel() for p in model.parameters())
-    processes = world_size(config) or 1
-    compute = 2 if config.trainer.precision.startswith(("bf16", "16")) else 4
+    processes = processes or world_size(config) or 1
+    stored, compute = widths(config.trainer.precision)
     found = Need(
         parameters=count,
         of_norms=sum(p.numel() for _, m in norm_modules(model) for p in m.parameters()),
         largest=max(sizes, default=0),
         outside=count - sum(sizes),
-        states=4 * (2 + MOMENTS[config.optim.name]),
+        states=stored * (2 + extra_copies(config)),
+        stored=stored,
         compute=compute,
+        again=bool(getattr(config.model, "checkpoint", False)),
         rows=local_rows(config, processes),
         activations=None,
         processes=processes,
@@ -157,16 +172,30 @@ def need(
     return replace(found, activations=saved // TRIED)
 
 
+def widths(precision: str) -> tuple[int, int]:
+    """Bytes of a weight that is stored, and of a number that is computed with."""
+    compute = 2 if precision.startswith(("bf16", "16")) else 8 if precision == "64-true" else 4
+    return (compute if precision.endswith("-true") else 4), compute
+
+
+def extra_copies(config: Config) -> int:
+    """Numbers a parameter beside itself and its gradient: the optimizer's, and an average."""
+    adaptive, momentum = config.optim.name != "sgd", bool(config.optim.momentum)
+    return (2 if adaptive else int(momentum)) + int(config.optim.ema_decay is not None)
+
+
 def local_rows(config: Config, processes: int) -> int:
     """Examples of one process's micro-batch."""
     return max(config.data.batch_size // (processes * config.trainer.accumulate_grad_batches), 1)
 
 
-def check_memory(config: Config, spec: TaskSpec, factory: NormFactory, info: DataInfo) -> None:
+def check_memory(
+    config: Config, spec: TaskSpec, factory: NormFactory, info: DataInfo, *, processes: int
+) -> None:
     """Raise ConfigError, before anything is allocated, where the states alone are too large."""
-    found = need(config, spec, factory, info, activations=False)
-    local = 1 if torch.cuda.is_available() else found.processes // config.trainer.num_nodes
-    available = available_memory() // max(local, 1)
+    found = need(config, spec, factory, info, activations=False, processes=processes)
+    local = 1 if on_gpu(config) else found.processes // config.trainer.num_nodes
+    available = available_memory(config) // max(local, 1)
     if found.total <= available:
         return
     shard = "more processes with trainer.strategy=fully_shard" if found.largest else "a smaller one"
@@ -217,10 +246,27 @@ def saved_bytes(
     return total
 
 
-def available_memory() -> int:
-    """Bytes that could still be taken: of the GPU where there is one, else of the machine."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.mem_get_info()[0])
+def on_gpu(config: Config) -> bool:
+    """Whether the run is on an NVIDIA or AMD GPU."""
+    return config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+
+
+def own_gpu(devices: int | str) -> int:
+    """Number of the GPU that this process trains on.
+
+    Another one is not to be asked: that takes some hundred MB of it for as long as this process is.
+    """
+    local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    if isinstance(devices, str) and devices != "auto":
+        chosen = [int(number) for number in devices.strip(",").split(",")]
+        return chosen[local % len(chosen)]
+    return local % torch.cuda.device_count()
+
+
+def available_memory(config: Config) -> int:
+    """Bytes that could still be taken: of this process's GPU if it has one, else of the machine."""
+    if on_gpu(config):
+        return int(torch.cuda.mem_get_info(own_gpu(config.trainer.devices))[0])
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -36,6 +36,15 @@ def sums_over_ranks(*values: Tensor) -> list[Tensor]:
     ]
 
 
+def of_first(value: int, *, device: torch.device) -> int:
+    """The first process's number. Every process has to call it. device: of the collective."""
+    if world_size() == 1:
+        return value
+    held = torch.tensor([value], device=device)
+    dist.broadcast(held, src=0)
+    return int(held)
+
+
 def gather_rows(rows: Tensor, *, total: int) -> Tensor:
     """The `total` rows of all processes in order; this one holds rows rank, rank + world, ...
 

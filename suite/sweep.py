@@ -44,8 +44,8 @@ examples:
   python -m suite.sweep task=vision/classify norm=layernorm,dyt optim.lr=1e-3,2e-3 --jobs 2
   python -m suite.report runs/sweeps/<folder> --select optim.lr
 
-Commas inside {..}, [..] or quotes do not split: norm.alpha_init_by_site={attn: 0.8, ffn: 0.2} is one
-value.
+Commas inside {..}, [..] or quotes do not split: "norm.alpha_init_by_site={attn: 0.8, ffn: 0.2}" is
+one value.
 The same command again skips what is done; a failed or interrupted cell starts afresh, its old
 folder kept as <cell>.failed-<k>. Ctrl-C stops the running cells (twice: at once).
 

@@ -96,11 +96,12 @@ def outlined(config: Config) -> bool:
     """Whether the run cannot be here; then what it needs is said, and nothing is allocated."""
     spec, factory = load_task(config.task_name), build_norm(config)
     info, no_data = data_outline(config, spec, lambda: build_data(config, spec))
-    found = need(config, spec, factory, info, activations=False)
+    known = processes_here(config)
+    found = need(config, spec, factory, info, activations=False, processes=known)
     reason = why_not_here(config, found)
     if reason is None:
         return False
-    found = need(config, spec, factory, info, activations=True)
+    found = need(config, spec, factory, info, activations=True, processes=known)
     if no_data is not None:
         say(f"note: the data was not looked at: {no_data}")
     say(
@@ -117,9 +118,17 @@ def outlined(config: Config) -> bool:
     return True
 
 
+def processes_here(config: Config) -> int | None:
+    """Processes that the config gives on this machine; None where it cannot be run on it."""
+    try:
+        return check_devices(config)
+    except ConfigError:
+        return None
+
+
 def why_not_here(config: Config, found: Need) -> str | None:
     """Why this machine cannot try the run out; None where it can."""
-    available = available_memory()
+    available = available_memory(config)
     if found.total > available:
         return f"only {gib(available)} are available here"
     if not found.sharded:

@@ -9,7 +9,9 @@ tokens meets a handful of shapes instead of one for each length, and a compiled 
 often, at no more than twice the positions.
 
 Logits go to the CPU and the choice is made there in float64 by a generator of its own, so that no
-other random number moves, and processes whose models agree choose alike.
+other random number moves. What the first process chooses is what all of them go on from: logits of
+two GPUs may differ in a last bit, and a process that met the end alone would leave the others of a
+sharded model waiting for its weights.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from suite.errors import DivergedError
 from suite.randomness import generator
+from suite.ranks import of_first
 
 SHORTEST = 16  # positions of the smallest shape
 
@@ -42,8 +45,8 @@ def generate(
 ) -> list[int]:
     """The ids that follow `prompt_ids`, without it: `count` of them, or fewer where `end` comes.
 
-    model: ids [1, T] -> logits [1, T, V], causal; left in the mode that it was in. With a sharded
-        one all processes call this at once.
+    model: ids [1, T] -> logits [1, T, V], causal; left in the mode that it was in. Where there are
+        several processes, all of them call this at once.
     temperature: what logits are divided by; 0 takes the most likely id.
     top_k: only the k most likely ids are taken; None: all.
     max_length: how many of the last tokens the model sees; None: as many as it takes.
@@ -69,6 +72,7 @@ def generate(
             chosen = choose(
                 logits_V[:vocab_size], temperature=temperature, top_k=top_k, draws=draws
             )
+            chosen = of_first(chosen, device=device)
             if chosen == end:
                 break
             ids.append(chosen)

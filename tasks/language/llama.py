@@ -75,13 +75,11 @@ class LlamaOptions(ModelOptions):
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dim % (2 * self.heads):
             raise ValueError(
-                "dim must be a multiple of 2 heads, as rotary positions turn pairs of a head's "
-                f"channels, got dim={self.dim} and heads={self.heads}"
+                f"dim must be a multiple of 2 x heads ({2 * self.heads}), as rotary positions turn "
+                f"pairs of a head's channels, got {self.dim}"
             )
         if self.heads % self.kv_heads:
-            raise ValueError(
-                f"kv_heads must divide heads, got kv_heads={self.kv_heads} and heads={self.heads}"
-            )
+            raise ValueError(f"kv_heads must divide heads ({self.heads}), got {self.kv_heads}")
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"vocab_size must be null or at least 1, got {self.vocab_size}")
         for name in ("rope_theta", "eps"):

@@ -78,11 +78,27 @@ class LanguageModelling(SuiteModule):
         known = self.info.extra.get("token_bytes")
         table = None if known is None else torch.as_tensor(known)
         self.register_buffer("token_bytes", table, persistent=False)
-        if self.options.prompt and self.info.extra.get("encode") is None:
+        self.prompt_ids = self._prompt()
+
+    def _prompt(self) -> list[int]:
+        """What the sample goes on from. Raises ConfigError, before training, for what is no text of
+        this data."""
+        encode, end = (self.info.extra.get(name) for name in ("encode", "end"))
+        prompt = self.options.prompt
+        if not prompt:
+            return [0 if end is None else end]
+        if encode is None:
             raise ConfigError(
                 f"task.prompt: data={self.info.name} does not say how text becomes tokens; leave "
                 "task.prompt out, or write the files with python -m tasks.language.tokenize"
             )
+        try:
+            ids: list[int] = encode(prompt)
+        except ValueError as error:
+            raise ConfigError(f"task.prompt: {error}") from None
+        if not ids:
+            raise ConfigError(f"task.prompt={prompt!r}: has no token; leave it out, or take a word")
+        return ids
 
     def step(self, batch: Batch, split: Split) -> StepOutput:
         target_BT = batch["target"].where(batch["valid"].bool().unsqueeze(1), IGNORE)
@@ -112,22 +128,21 @@ class LanguageModelling(SuiteModule):
 
     def _sample(self) -> None:
         """Text that the model goes on with; every process makes it, the first one writes it."""
-        decode, encode = (self.info.extra.get(name) for name in ("decode", "encode"))
+        decode = self.info.extra.get("decode")
         if decode is None:
             return
         model: Any = self.model
-        o, end = self.options, self.info.extra.get("end")
-        prompt = encode(o.prompt) if o.prompt and encode else [0 if end is None else end]
+        o = self.options
         made = generate(
             model,
-            prompt,
+            self.prompt_ids,
             count=o.sample_tokens,
             temperature=o.temperature,
             top_k=o.top_k,
             seed=derive(self.seed, "sample"),
             max_length=self.info.extra["length"],  # what it was trained on
             vocab_size=self.info.extra["vocab_size"],
-            end=end,
+            end=self.info.extra.get("end"),
         )
         if is_main_process():
             text = o.prompt + decode(made)

@@ -117,15 +117,20 @@ def known_encoding(settings: Settings) -> Encoding | None:
         encoding: Encoding = ByteEncoding()
     else:
         encoding = load_tokenizer(settings.tokenizer)
-    if settings.end is not None and settings.end >= encoding.vocab_size:
-        raise ConfigError(
-            f"--end {settings.end}: must be below the {encoding.vocab_size:,} ids that there are"
-        )
+    check_end(settings, encoding)
     if encoding.end is None and settings.end is None:
         raise ConfigError(
             f"{shown(settings.tokenizer)} has no token that ends a document; say its id with --end"
         )
     return encoding
+
+
+def check_end(settings: Settings, encoding: Encoding) -> None:
+    """Raise ConfigError for an id that there is not."""
+    if settings.end is not None and settings.end >= encoding.vocab_size:
+        raise ConfigError(
+            f"--end {settings.end}: must be below the {encoding.vocab_size:,} ids that there are"
+        )
 
 
 def asked_for(settings: Settings, sources: list[Source]) -> dict[str, Any]:
@@ -197,6 +202,7 @@ def begin(
         return plan
     if encoding is None:
         encoding = CharEncoding(find_characters(settings, sources, display))
+        check_end(settings, encoding)
     if settings.tokenizer is not None:
         shutil.copyfile(settings.tokenizer, writer.parts / TOKENIZER)
     plan = {

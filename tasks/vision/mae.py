@@ -32,11 +32,10 @@ from suite.sampling import address
 from suite.train import say
 from tasks.vision.data import DATA
 from tasks.vision.mae_model import MODELS, MaskedAutoencoder
-from tasks.vision.patches import patchify
+from tasks.vision.patches import level_and_spread, patchify
 from tasks.vision.picture import save_reconstructions
 from tasks.vision.probe import knn_accuracy, linear_accuracy
 
-PIXEL_EPS = 1e-6  # of the variance of a patch, published
 PIXELS_AT_MOST = 1 << 30  # bytes of raw training pixels that are held for their probe
 PROBES = ("none", "knn", "linear", "both")
 PICTURE = "reconstructions.png"
@@ -50,7 +49,9 @@ class MaeTaskOptions:
     mask_ratio: share of the patches that is hidden. norm_pix_loss: predict each patch less its own
         mean, over its own deviation, in place of its pixels.
     probe: accuracies of the encoder's features, left as they are: of the nearest neighbours, of a
-        linear classifier, or of both. knn: how many neighbours vote.
+        linear classifier, or of both; every image of the data is read for them. The linear one's
+        penalty is chosen in validation, which with data.val=folder may be the test's own images.
+    knn: how many neighbours vote.
     untrained: probe the network before its first step too, to compare with.
     pictures: test images in reconstructions.png; 0 writes none.
     """
@@ -81,8 +82,8 @@ def patch_loss(predicted_BNP: Tensor, image: Tensor, *, patch_size: int, norm_pi
     wide = torch.promote_types(predicted_BNP.dtype, torch.float32)
     target_BNP = patchify(image, patch_size).to(wide)
     if norm_pix:
-        mean, var = target_BNP.mean(-1, keepdim=True), target_BNP.var(-1, keepdim=True)
-        target_BNP = (target_BNP - mean) / (var + PIXEL_EPS).sqrt()
+        mean_BN1, spread_BN1 = level_and_spread(target_BNP)
+        target_BNP = (target_BNP - mean_BN1) / spread_BN1
     return (predicted_BNP.to(wide) - target_BNP).square().mean(-1)
 
 
@@ -163,9 +164,11 @@ class Pretrain(SuiteModule):
             return
         self._draw()
         if not self._probes():
+            if self.options.probe != "none":
+                say("note: no probe: trainer.limit_test_batches tests a part of the images")
             return
-        if self.info.classes is None:
-            say(f"note: no probe: data={self.info.name} has no labels")
+        if lacking := self._lacking():
+            say(f"note: no probe: data={self.info.name} has no {lacking}")
             return
         found = self._probed()
         before = {f"{name}_untrained": value for name, value in self.untrained.items()}
@@ -180,6 +183,12 @@ class Pretrain(SuiteModule):
         whole = limit is None or (isinstance(limit, float) and limit == 1)
         return self.options.probe != "none" and whole
 
+    def _lacking(self) -> str:
+        """What the data would have to have for a probe; empty if it has all."""
+        if self.info.classes is None:
+            return "labels"
+        return "" if len(self._data.splits.train) else "training images to compare with"
+
     def _started_from(self) -> Any:
         """The weights that the run was told to start from."""
         return ((self.identity.get("config") or {}).get("model") or {}).get("init_from")
@@ -191,7 +200,7 @@ class Pretrain(SuiteModule):
 
     def _probed(self) -> dict[str, float]:
         """Accuracies of the encoder as it is; on other processes than the main one empty."""
-        if self.info.classes is None:
+        if self._lacking():
             return {}
         rows = {split: self._rows(split, self._features) for split in SPLITS}
         found: dict[str, float] = {}
@@ -206,6 +215,11 @@ class Pretrain(SuiteModule):
                 found["linear_acc"] = linear.test_acc
         except ValueError as error:  # features that are no numbers
             say(f"warning: no probe: {error}")
+        except torch.OutOfMemoryError:  # the run is worth more than its probe
+            say(
+                "warning: no probe: the features do not fit into the device's memory; take "
+                "task.probe=knn, or task.probe=none"
+            )
         return found
 
     def _probed_pixels(self) -> dict[str, float]:
@@ -241,9 +255,10 @@ class Pretrain(SuiteModule):
         Each process reads every world-size-th image.
         """
         data, training = self._data, self.model.training
-        total, chunk = len(getattr(data.splits, split)), data.options.eval_batch_size
-        mine = list(range(self.global_rank, total, self.trainer.world_size))
-        size = chunk or data.options.batch_size
+        total, world = len(getattr(data.splits, split)), self.trainer.world_size
+        mine = list(range(self.global_rank, total, world))
+        # of all processes together, as in evaluation: a share of it fits into this one's memory
+        size = -(-(data.options.eval_batch_size or data.options.batch_size) // world)
         held = []
         self.model.eval()
         # Lightning tests in inference mode, whose tensors no optimizer of a probe could use

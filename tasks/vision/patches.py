@@ -18,6 +18,8 @@ from torch import Tensor
 from suite.data import DataInfo
 from suite.errors import ConfigError
 
+PIXEL_EPS = 1e-6  # of the variance of a patch, published
+
 
 def patchify(image_BCHW: Tensor, patch_size: int) -> Tensor:
     """image [B, C, H, W] -> [B, N, P]. Raises ValueError where the sides are no multiples."""
@@ -45,6 +47,13 @@ def unpatchify(patches_BNP: Tensor, patch_size: int, chans: int) -> Tensor:
     )
 
 
+def level_and_spread(patches_BNP: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean, and root of unbiased variance + 1e-6, of each patch [B, N, 1]: what norm_pix_loss
+    takes out of its targets."""
+    mean, var = patches_BNP.mean(-1, keepdim=True), patches_BNP.var(-1, keepdim=True)
+    return mean, (var + PIXEL_EPS).sqrt()
+
+
 class PatchOptions(Protocol):
     """Options of a model that cuts images into patches."""
 
@@ -63,7 +72,7 @@ def check_images(options: PatchOptions, data: DataInfo) -> None:
         return
     patch = options.patch_size
     if size % patch or size == patch:
-        patch = max(p for p in (16, 8, 7, 4, 2, 1) if size % p == 0)
+        patch = max(p for p in (16, 8, 7, 4, 2, 1) if size % p == 0 and (p < size or p == 1))
     wanted = {"image_size": size, "in_chans": chans, "patch_size": patch}
     changes = " ".join(f"model.{k}={v}" for k, v in wanted.items() if getattr(options, k) != v)
     raise ConfigError(

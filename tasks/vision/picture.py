@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from suite.errors import ConfigError
-from tasks.vision.patches import patchify, unpatchify
+from tasks.vision.patches import level_and_spread, patchify, unpatchify
 
 SMALLEST = 112  # pixels that an image's longer side has in the picture, at least
 GAP = 4  # pixels of the lines between images
 GREY, LINE, PAPER, INK = 0.5, 1.0, 255, 0  # shares of full brightness; bytes
 STRIP = 16  # pixels of a line of text
-GIVEN = "drawn patches have the true patch's mean and contrast"
-NORM_PIX_EPS = 1e-6  # that of the published normalisation of targets
+UNASKED = "reconstruction: noise where a patch was visible, for only hidden ones count"
+GIVEN = "norm_pix_loss: each drawn patch is given its true mean and contrast"
 
 
 def save_reconstructions(
@@ -46,7 +46,7 @@ def save_reconstructions(
     norm_pix: it predicts patches with mean 0 and variance 1, as with norm_pix_loss. They are then
         brought back with the mean and standard deviation of the true patch, which the model did not
         know: the brightness and the contrast of each drawn patch are given, only its pattern is
-        predicted. A line below the images says so.
+        predicted. A second line below the images says so.
 
     Images below 112 pixels are enlarged by a whole factor, each pixel to a square. Raises
     ValueError for shapes that do not fit each other, ConfigError where path cannot be written.
@@ -64,11 +64,11 @@ def save_reconstructions(
         norm_pix=norm_pix,
     )
     hidden = float(masked_BN.float().mean())
-    names = ["image", f"masked ({hidden:.0%})", "reconstruction", "with visible"]
+    names = ["image", f"masked ({hidden:.0%})", "reconstruction", "hidden drawn in"]
     grid = tiled(torch.stack(cells, dim=1))
+    below = [UNASKED, GIVEN] if norm_pix else [UNASKED]
     strips = [written(names, width=grid.shape[1]), grid]
-    if norm_pix:
-        strips.append(written([GIVEN], width=grid.shape[1]))
+    strips += [written([line], width=grid.shape[1]) for line in below]
     chans = grid.shape[2]
     page = np.concatenate([np.broadcast_to(x, (*x.shape[:2], chans)) for x in strips])
     picture = Image.fromarray(page[..., 0] if chans == 1 else page)
@@ -91,8 +91,8 @@ def columns(
     """The four columns, [B, C, H, W] each, in shares of full brightness from 0 to 1."""
     true_BNP = patchify(image_BCHW, patch_size)
     if norm_pix:
-        spread = (true_BNP.var(dim=-1, keepdim=True) + NORM_PIX_EPS).sqrt()
-        predicted_BNP = predicted_BNP * spread + true_BNP.mean(dim=-1, keepdim=True)
+        mean_BN1, spread_BN1 = level_and_spread(true_BNP)
+        predicted_BNP = predicted_BNP * spread_BN1 + mean_BN1
 
     chans = image_BCHW.shape[1]
     hidden_BN1 = masked_BN.unsqueeze(-1)

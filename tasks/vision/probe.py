@@ -15,6 +15,7 @@ Shapes: N training features, M others, F their dimensions, K classes, k neighbou
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,9 +30,22 @@ PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4)
 MAX_ITERATIONS = 500  # of L-BFGS, for each penalty
 
 
+@contextmanager
+def whole_float32() -> Iterator[None]:
+    """Matrix products in full float32, though the run may allow TF32: cosines of features that all
+    look alike, and gradients near a minimum, differ by less than it rounds."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 # --- nearest neighbours ---------------------------------------------------------------------------
 
 
+@whole_float32()
 def knn_accuracy(
     train_NF: Tensor,
     train_label: Tensor,
@@ -112,6 +126,7 @@ class LinearProbe:
     penalty: float
 
 
+@whole_float32()
 def linear_accuracy(
     train_NF: Tensor,
     train_label: Tensor,

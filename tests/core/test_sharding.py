@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from suite.build import build_model, build_parts, parameter_count
 from suite.config import Config, load
@@ -127,6 +131,44 @@ def test_moments_go_to_the_parameters_they_are_of(alone: None) -> None:
     assert expected.abs().sum() > 0
     assert torch.equal(whole(held), expected)
     assert isinstance(held, DTensor)
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_no_sixteen_bit_copy_outlives_a_block_that_is_computed_again(
+    alone: None, again: bool
+) -> None:
+    """Else each process would have a 16-bit copy of the whole model in every forward pass."""
+    config = config_of("task=language/lm", "norm=dyt", f"model.checkpoint={again}")
+    model = build_parts(config, processes=1).module.model.train()
+    cut(model)
+    ids = torch.zeros(1, 8, dtype=torch.long)
+    mixed = MixedPrecision("bf16-mixed", "cpu")
+    with Copies() as copies, mixed.forward_context():
+        loss = model(ids).float().sum()
+        held = copies.alive()
+    of_blocks = sum(p.numel() for unit in model.shard_units() for p in unit.parameters())
+    head = model.lm_head.weight.numel()
+    assert held == head if again else held > 0.9 * of_blocks
+    loss.backward()
+
+
+class Copies(TorchDispatchMode):
+    """Watches 16-bit copies of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[tuple[StorageWeakRef, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
+            if out.dim() == 2:
+                self.made.append((StorageWeakRef(out.untyped_storage()), out.numel()))
+        return out
+
+    def alive(self) -> int:
+        """Numbers in those that are still there."""
+        return sum(size for ref, size in self.made if not ref.expired())
 
 
 def test_an_optimizer_of_other_parameters_is_refused(alone: None) -> None:

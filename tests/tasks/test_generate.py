@@ -5,13 +5,17 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from suite.errors import DivergedError
+from suite.build import build_parts
+from suite.config import load
+from suite.errors import ConfigError, DivergedError
 from suite.norms import make_norm
 from tasks.language.generate import SHORTEST, generate, padded_length
 from tasks.language.gpt2 import GPT2, GPT2Options
@@ -69,6 +73,44 @@ def test_at_temperature_zero_every_id_is_the_most_likely_one() -> None:
     assert found == ids[2:]
     assert len(set(found)) > 1
     assert found == sample(model, [3, 1], count=40, temperature=0.0, max_length=20, seed=1)
+
+
+def test_all_processes_go_on_from_what_the_first_one_chose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And end where it does: logits of two GPUs may differ in a last bit."""
+    first = iter([4, 2, 3])
+    own: list[int] = []
+
+    def of_first(value: int, *, device: torch.device) -> int:
+        own.append(value)
+        return next(first)
+
+    monkeypatch.setattr("tasks.language.generate.of_first", of_first)
+    assert sample(cycle(), [0], vocab_size=5, temperature=0.0, end=3) == [4, 2]
+    assert own == [1, 0, 3]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said"),
+    [
+        (["data.encoding=characters", "task.prompt=To be \u4f60"], "task.prompt: the character"),
+        (
+            ["data=token_bin", "data.root=bare", "data.vocab_size=9", "task.prompt=To"],
+            "task.prompt:",
+        ),
+    ],
+)
+def test_a_prompt_that_is_no_text_of_the_data_is_refused_before_training(
+    tokens: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bare").mkdir()
+    for name in ("train.bin", "val.bin"):
+        (np.arange(900) % 9).astype("<u2").tofile(Path("bare", name))
+    config = load(["task=language/lm", "norm=dyt", "trainer.accelerator=cpu", *tokens]).settled
+    with pytest.raises(ConfigError, match=said):
+        build_parts(config, processes=1)
 
 
 def test_the_same_seed_gives_the_same_ids_and_moves_no_other_number() -> None:

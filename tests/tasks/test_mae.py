@@ -3,10 +3,13 @@ a plain reference."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,10 +20,11 @@ from test_run import weights as last_weights
 from torch import Tensor
 
 from suite.config import load
-from suite.data import DataInfo
+from suite.data import DataInfo, DataOptions
 from suite.errors import ConfigError
 from suite.norms import make_norm, norm_modules
 from suite.optim import parameter_groups
+from tasks.vision import mae
 from tasks.vision.fashion_mnist import build_mini
 from tasks.vision.mae import MaeTaskOptions, Pretrain, patch_loss
 from tasks.vision.mae_model import (
@@ -435,6 +439,73 @@ def test_features_are_the_mean_over_the_patch_tokens() -> None:
     assert bare(image, noise(), mask_ratio=0.75)[0].shape == (3, PATCHES, 32)
 
 
+# --- probes ---------------------------------------------------------------------------------------
+
+
+class Random:
+    """A split of images of noise that notes what is read."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.read = size, list[list[int]]()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def fetch(self, indices: list[int], *, epoch: int, train: bool) -> dict[str, Tensor]:
+        self.read.append(indices)
+        generator = torch.Generator().manual_seed(sum(indices))
+        image = torch.randn(len(indices), 2, 12, 12, generator=generator)
+        return {"image": image, "label": torch.tensor(indices) % 2}
+
+
+def in_test(sizes: tuple[int, int, int], *, world: int = 1, rank: int = 0, **data: Any) -> Any:
+    """A task in a test of made-up images, as the process `rank` of `world`."""
+    splits = dict(zip(("train", "val", "test"), map(Random, sizes), strict=True))
+    task: Any = module(small(), pictures=0)
+    held = SimpleNamespace(
+        splits=SimpleNamespace(**splits), options=DataOptions(**data), limits={"test": None}
+    )
+    task._trainer = SimpleNamespace(
+        datamodule=held,
+        world_size=world,
+        global_rank=rank,
+        precision_plugin=SimpleNamespace(forward_context=contextlib.nullcontext),
+    )
+    return task
+
+
+def test_a_process_reads_its_share_of_the_evaluation_batch_at_a_time() -> None:
+    task = in_test((24, 1, 1), world=4, rank=1, batch_size=64, eval_batch_size=8)
+    assert task._rows("train", task._features).label.tolist() == [1] * 6
+    assert task._data.splits.train.read == [[1, 5], [9, 13], [17, 21]]
+    task = in_test((24, 1, 1), world=4, rank=1, batch_size=12)
+    task._rows("train", task._features)
+    assert task._data.splits.train.read == [[1, 5, 9], [13, 17, 21]]
+
+
+def test_data_without_training_images_is_tested_and_not_probed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    task, values = in_test((0, 4, 4)), {"test/loss": 1.0}
+    task.after_evaluation("test", values)
+    assert values == {"test/loss": 1.0}
+    said = "note: no probe: data=pictures has no training images to compare with"
+    assert said in capsys.readouterr().err
+
+
+def test_features_that_do_not_fit_cost_the_linear_probe_and_not_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(mae, "linear_accuracy", full)
+    task, values = in_test((12, 4, 4)), {"test/loss": 1.0}
+    task.after_evaluation("test", values)
+    assert set(values) == {"test/loss", "test/knn_acc", "test/knn_acc_pixels"}
+    assert "task.probe=knn, or task.probe=none" in capsys.readouterr().err
+
+
 # --- wrong input ----------------------------------------------------------------------------------
 
 
@@ -482,6 +553,16 @@ def test_a_ratio_that_leaves_nothing_to_see_is_refused() -> None:
 def test_images_of_another_size_are_refused_with_what_to_set() -> None:
     with pytest.raises(ConfigError, match=r"Set model\.image_size=12 model\.in_chans=2, or"):
         build_mae(TINY, norm=make_norm("dyt"), data=info())
+    for size in (1, 2, 7, 16, 20, 224):
+        with pytest.raises(ConfigError, match="Set model") as error:
+            build_mae(
+                MaeOptions(patch_size=16),
+                norm=make_norm("dyt"),
+                data=info(extra={"image_size": size, "in_chans": 1}),
+            )
+        changes = dict(re.findall(r"model\.(\w+)=(\d+)", str(error.value)))
+        if size > 1:  # what it says to set can be set
+            MaeOptions(**{name: int(value) for name, value in changes.items()})
     with pytest.raises(ConfigError, match="has no images"):
         build_mae(TINY, norm=make_norm("dyt"), data=info(extra={}))
 
@@ -579,10 +660,11 @@ def test_a_resumed_run_still_knows_the_untrained_network(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_here")
-def test_a_part_of_the_test_split_is_not_probed() -> None:
+def test_a_part_of_the_test_split_is_not_probed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*RUN, "run.dir=a", "trainer.limit_test_batches=1", "task.pictures=0"]) == 0
     assert not [name for name in result("a")["metrics"] if "knn" in name or "linear" in name]
     assert not Path("a/reconstructions.png").exists()
+    assert "note: no probe: trainer.limit_test_batches" in capsys.readouterr().err
 
 
 @pytest.mark.slow

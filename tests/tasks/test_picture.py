@@ -41,7 +41,7 @@ def test_the_columns_are_image_masked_drawn_and_drawn_with_the_visible_patches(t
     black = torch.full((2, 49, 16), -given["mean"][0] / given["std"][0])
     save_reconstructions(tmp_path / "a.png", predicted_BNP=black, norm_pix=False, **given)
     page = np.asarray(Image.open(tmp_path / "a.png"))
-    assert page.shape == (STRIP + 2 * 112 + GAP, 4 * 112 + 3 * GAP)
+    assert page.shape == (STRIP + 2 * 112 + GAP + STRIP, 4 * 112 + 3 * GAP)
     hidden = given["masked_BN"].reshape(2, 7, 7).numpy().repeat(16, 1).repeat(16, 2)
     for row in range(2):
         image, masked, drawn, pasted = (cell(page, row, column, 112) for column in range(4))
@@ -51,8 +51,9 @@ def test_the_columns_are_image_masked_drawn_and_drawn_with_the_visible_patches(t
         assert np.array_equal(pasted, np.where(hidden[row], 0, image))
     for column in range(3):
         left = (column + 1) * (112 + GAP) - GAP
-        assert (page[STRIP:, left : left + GAP] == 255).all()
+        assert (page[STRIP:-STRIP, left : left + GAP] == 255).all()
     assert (page[:STRIP] < 128).any()
+    assert (page[-STRIP:] < 128).any()  # why visible patches are drawn badly
 
 
 def test_perfectly_predicted_normalised_patches_give_the_image_back(tmp_path):
@@ -63,7 +64,12 @@ def test_perfectly_predicted_normalised_patches_give_the_image_back(tmp_path):
     page = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
     for row in range(2):
         assert np.abs(cell(page, row, 2, 112) - cell(page, row, 0, 112)).max() <= 1
-    assert (page[-STRIP:] < 128).any()  # the line on what was given
+    assert page.shape[0] == STRIP + 2 * 112 + GAP + 2 * STRIP
+    below = page[-2 * STRIP :]
+    assert (below[:STRIP] < 128).any()
+    assert (below[STRIP:] < 128).any()  # the line on what was given
+    ink = (below < 128).any(0).nonzero()[0]
+    assert 0 < int(ink.min()) < int(ink.max()) < page.shape[1] - 1  # whole lines fit
 
 
 def test_colour_images_of_full_size_keep_their_pixels_and_channels(tmp_path):

@@ -86,6 +86,30 @@ def test_knn_does_not_see_the_length_of_a_feature_and_takes_half_precision():
     assert found == label.bincount().max() / 100
 
 
+def test_both_probes_multiply_in_whole_float32_whatever_the_run_allows(monkeypatch):
+    def noting(function):
+        def noted(*args, **kwargs):
+            found.append(torch.get_float32_matmul_precision())
+            return function(*args, **kwargs)
+
+        return noted
+
+    found, (x, label) = [], blobs(20, seed=0)
+    monkeypatch.setattr(probe, "top", noting(probe.top))
+    monkeypatch.setattr(probe, "objective", noting(probe.objective))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        knn_accuracy(x, label, x, label, classes=4)
+        neighbours = len(found)
+        linear_accuracy(x, label, x, label, x, label, classes=4)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert 0 < neighbours < len(found)
+    assert set(found) == {"highest"}
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("sklearn"), reason="scikit-learn is not installed")
 def test_both_probes_agree_with_scikit_learn():
     from sklearn.linear_model import LogisticRegression

@@ -260,7 +260,7 @@ def test_dry_run_writes_nothing() -> None:
 def test_dry_run_of_a_model_over_the_memory_stays_on_the_meta_device(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("suite.trial.available_memory", lambda: 2**30)
+    monkeypatch.setattr("suite.trial.available_memory", lambda config: 2**30)
     big = ["model=vit_large", "model.image_size=28", "model.in_chans=1", "model.patch_size=7"]
     assert main([*SHORT, *big, "--dry-run"]) == 0
     said = capsys.readouterr().err
@@ -272,7 +272,7 @@ def test_dry_run_of_a_model_over_the_memory_stays_on_the_meta_device(
 def test_a_model_over_the_memory_is_refused_before_anything_is_allocated(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("suite.memory.available_memory", lambda: 2**20)
+    monkeypatch.setattr("suite.memory.available_memory", lambda config: 2**20)
     assert main(SHORT) == 2
     said = capsys.readouterr().err
     assert "needs at least" in said

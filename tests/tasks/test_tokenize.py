@@ -408,6 +408,10 @@ WRONG_WORDS = {
     "no such names": ([".", "--out", "OUT", "--suffix", ".rst"], "ends in .rst"),
     "a file as out": (["INPUT", "--out", "INPUT"], "is a file"),
     "an end beyond": (["INPUT", "--out", "OUT", "--end", "257"], "must be below the 257"),
+    "an end beyond what is found": (
+        ["INPUT", "--out", "OUT", "--encoding", "characters", "--end", "70000"],
+        "--end 70000: must be below the",
+    ),
     "a JSON array": (["array.json", "--out", "OUT"], "JSON lines are needed"),
 }
 
