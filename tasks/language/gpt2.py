@@ -367,7 +367,8 @@ def sizes_of(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 GPT2_SIZES = {
-    "gpt2_tiny": GPT2Options(max_length=256),
+    # weights of 1 / sqrt(dim) and an embedding of RMS 1: see LLAMA_SIZES in tasks/language/llama.py
+    "gpt2_tiny": GPT2Options(max_length=256, embed_scale=True, init_std=0.088),
     # nanoGPT's rows, a multiple of 64; the published files have 50257
     "gpt2_124m": GPT2Options(dim=768, depth=12, heads=12, hidden_dim=3072, vocab_size=50_304),
 }

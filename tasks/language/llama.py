@@ -327,9 +327,11 @@ class Llama(nn.Module):
 _PUBLISHED = LlamaOptions(vocab_size=32_000)
 # 7B, 13B and 70B are LLaMA's, 1B is TinyLlama's (arXiv 2401.02385). 34B has the shapes of Code
 # Llama's (2308.12950), whose files are of rope_theta=1e6; in fms-fsdp, DyT's code, it is 1e4. 124M
-# has GPT-2's width and depth, and its MLP as many weights.
+# has GPT-2's width and depth, and its MLP as many weights. Tiny begins with weights of 1 / sqrt(dim)
+# and scales its embedding to RMS 1, whatever the norm: with 0.02 a norm without statistics sees
+# inputs far below its range, and learns nothing for long.
 LLAMA_SIZES = {
-    "llama_tiny": LlamaOptions(),
+    "llama_tiny": LlamaOptions(embed_scale=True, init_std=0.088),
     "llama_124m": replace(_PUBLISHED, dim=768, depth=12, heads=12, kv_heads=12, hidden_dim=2048),
     "llama_1b": replace(_PUBLISHED, dim=2048, depth=22, heads=32, kv_heads=4, hidden_dim=5632),
     "llama_7b": replace(_PUBLISHED, dim=4096, depth=32, heads=32, kv_heads=32, hidden_dim=11_008),

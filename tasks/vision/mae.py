@@ -202,6 +202,7 @@ class Pretrain(SuiteModule):
         """Accuracies of the encoder as it is; on other processes than the main one empty."""
         if self._lacking():
             return {}
+        assert self.info.classes is not None
         rows = {split: self._rows(split, self._features) for split in SPLITS}
         found: dict[str, float] = {}
         if not is_main_process():

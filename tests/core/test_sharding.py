@@ -161,9 +161,9 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and out.dtype == torch.bfloat16:
-            if out.dim() == 2:
-                self.made.append((StorageWeakRef(out.untyped_storage()), out.numel()))
+        copied = func is torch.ops.aten._to_copy.default
+        if copied and out.dtype == torch.bfloat16 and out.dim() == 2:
+            self.made.append((StorageWeakRef(out.untyped_storage()), out.numel()))
         return out
 
     def alive(self) -> int:

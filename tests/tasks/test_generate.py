@@ -97,7 +97,7 @@ def test_all_processes_go_on_from_what_the_first_one_chose(
         (["data.encoding=characters", "task.prompt=To be \u4f60"], "task.prompt: the character"),
         (
             ["data=token_bin", "data.root=bare", "data.vocab_size=9", "task.prompt=To"],
-            "task.prompt:",
+            "task.prompt: data=token_bin does not say",
         ),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_prompt_that_is_no_text_of_the_data_is_refused_before_training(
     monkeypatch.chdir(tmp_path)
     Path("bare").mkdir()
     for name in ("train.bin", "val.bin"):
-        (np.arange(900) % 9).astype("<u2").tofile(Path("bare", name))
+        (np.arange(9000) % 9).astype("<u2").tofile(Path("bare", name))
     config = load(["task=language/lm", "norm=dyt", "trainer.accelerator=cpu", *tokens]).settled
     with pytest.raises(ConfigError, match=said):
         build_parts(config, processes=1)
