@@ -104,7 +104,7 @@ def read_parts(index: Path) -> dict[str, Any]:
 
 def read_resumable(path: Path) -> Mapping[str, Any]:
     """The config that a checkpoint records. Raises ConfigError for one to start from only."""
-    content = read_checkpoint(path)
+    content = read_checkpoint(path, lazy=True)  # of no tensor: it may have hundreds of GB
     saved = content.get("suite")
     parts = [saved.get(key) for key in ("config", "norm")] if isinstance(saved, Mapping) else [None]
     if not all(isinstance(part, Mapping) for part in parts):

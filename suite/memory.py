@@ -193,7 +193,10 @@ def check_memory(
     config: Config, spec: TaskSpec, factory: NormFactory, info: DataInfo, *, processes: int
 ) -> None:
     """Raise ConfigError, before anything is allocated, where the states alone are too large."""
-    found = need(config, spec, factory, info, activations=False, processes=processes)
+    try:
+        found = need(config, spec, factory, info, activations=False, processes=processes)
+    except (NotImplementedError, RuntimeError):
+        return  # it reads numbers while it is built, so that only building it shows what it takes
     local = 1 if on_gpu(config) else found.processes // config.trainer.num_nodes
     available = available_memory(config) // max(local, 1)
     if found.total <= available:

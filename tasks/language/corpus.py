@@ -11,7 +11,6 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,30 +18,13 @@ from pathlib import Path
 from typing import BinaryIO, Literal, cast
 
 from suite.errors import ConfigError, DataError, shown
+from tasks.language.magic import MAGIC, kind_of
 
 PIECE = 4 << 20  # bytes of text that a process works on at a time
 LONGEST = 1 << 30  # bytes of a line, or of what stands between two blank lines
 LOOKED_AT = 1000  # files whose first bytes are looked at before anything is written
 JSON_LINES = (".jsonl", ".ndjson")
 BOM = b"\xef\xbb\xbf"
-BINARY = (
-    (b"\x89PNG\r\n\x1a\n", "a PNG picture"),
-    (b"\xff\xd8\xff", "a JPEG picture"),
-    (b"GIF8", "a GIF picture"),
-    (b"PK\x03\x04", "a zip archive"),
-    (b"\x1f\x8b\x08", "compressed with gzip (its name must end in .gz)"),
-    (b"\x28\xb5\x2f\xfd", "compressed with zstd (unpack it first)"),
-    (b"\xfd7zXZ\x00", "compressed with xz (unpack it first)"),
-    (b"BZh", "compressed with bzip2 (unpack it first)"),
-    (b"%PDF-", "a PDF"),
-    (b"PAR1", "a Parquet table"),
-    (b"\x93NUMPY", "a NumPy array"),
-    (b"\x7fELF", "a program"),
-    (b"\xff\xfe", "UTF-16"),
-    (b"\xfe\xff", "UTF-16"),
-)
-PICKLE = re.compile(rb"\x80[\x02-\x05]")
-
 Cut = Literal["file", "line", "paragraph"]
 Kind = Literal["json", "file", "line", "paragraph"]
 
@@ -165,12 +147,11 @@ def head_of(source: Source) -> bytes:
 
 def not_text(head: bytes) -> str | None:
     """What a file is that is no text, by its first bytes; None: it may be text."""
-    for magic, kind in BINARY:
-        # letters may begin a text too: they need a byte of zero to be believed
-        if head.startswith(magic) and (b"\0" in head or not magic.isalnum()):
-            return kind
-    if PICKLE.match(head):
-        return "a pickle"
+    kind = kind_of(head)
+    if kind == MAGIC[b"\x1f\x8b"]:
+        return f"{kind} (its name must end in .gz)"
+    if kind is not None:
+        return kind
     return "binary (it has bytes of zero)" if b"\0" in head else None
 
 

@@ -277,10 +277,11 @@ class Llama(nn.Module):
     ) -> tuple[dict[str, Tensor], list[str]]:
         """A file's tensors without what is no weight here, and notes; see suite.checkpoint.
 
-        Raises ValueError where a file's rotary frequencies or its second copy of a tied head say
-        that it is of another model.
+        Raises ValueError where a file's sizes, its rotary frequencies or its second copy of a tied
+        head say that it is of another model.
         """
         ours, notes = dict(state), []
+        self.check_sizes(state)
         rotaries = [name for name in state if name.endswith(ROTARY)]
         for name in rotaries:
             self.check_rotary(name, ours.pop(name))
@@ -291,6 +292,15 @@ class Llama(nn.Module):
             if not torch.equal(ours.setdefault("model.embed_tokens.weight", head), head):
                 raise ValueError("its head is not its embedding: set model.tie_head=false")
         return ours, notes
+
+    def check_sizes(self, state: Mapping[str, Tensor]) -> None:
+        """Raise ValueError that names the options which differ from those of a whole file."""
+        own = vars(self.options) | {"vocab_size": self.vocab_size}
+        wrong = {name: size for name, size in sizes_of(state).items() if size != own[name]}
+        if wrong:
+            here = ", ".join(f"{name}={own[name]}" for name in wrong)
+            settings = " ".join(f"model.{name}={size}" for name, size in wrong.items())
+            raise ValueError(f"its sizes are other than this model's ({here}): set {settings}")
 
     def check_rotary(self, name: str, found: Tensor) -> None:
         """Raise ValueError unless a file's frequencies are those of this model, to rounding."""
@@ -313,7 +323,10 @@ class Llama(nn.Module):
             return "Its linear layers have biases: it is no LLaMA"
         ends = ("model.embed_tokens.", "model.norm.")
         if names and not all(any(name.startswith(end) for name in names) for end in ends):
-            return "It is one piece of a model that was saved in several: join them into one file"
+            return (
+                "It is one piece of a model that was saved in several: give their folder, which "
+                "has a model.safetensors.index.json, or that file"
+            )
         if self.lm_head is not None and "lm_head.weight" not in names:
             return (
                 "It has no head of its own: if its head is the embedding, set model.tie_head=true"
@@ -324,12 +337,26 @@ class Llama(nn.Module):
         return ""
 
 
+def sizes_of(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """The options that a file's shapes show; {} of one that is not a whole LLaMA."""
+    embed, gate = (
+        state.get(f"model.{name}.weight") for name in ("embed_tokens", "layers.0.mlp.gate_proj")
+    )
+    if embed is None or gate is None or "model.norm.weight" not in state:
+        return {}
+    if embed.dim() != 2:
+        return {}
+    blocks = {name.split(".")[2] for name in state if name.startswith("model.layers.")}
+    (rows, dim), hidden = embed.shape, len(gate)
+    return {"vocab_size": rows, "dim": dim, "hidden_dim": hidden, "depth": len(blocks)}
+
+
 _PUBLISHED = LlamaOptions(vocab_size=32_000)
 # 7B, 13B and 70B are LLaMA's, 1B is TinyLlama's (arXiv 2401.02385). 34B has the shapes of Code
 # Llama's (2308.12950), whose files are of rope_theta=1e6; in fms-fsdp, DyT's code, it is 1e4. 124M
-# has GPT-2's width and depth, and its MLP as many weights. Tiny begins with weights of 1 / sqrt(dim)
-# and scales its embedding to RMS 1, whatever the norm: with 0.02 a norm without statistics sees
-# inputs far below its range, and learns nothing for long.
+# has GPT-2's width and depth, and its MLP as many weights. Tiny begins with weights of
+# 1 / sqrt(dim) and an embedding of RMS 1, whatever the norm: with 0.02 a norm without statistics
+# sees inputs far below its range, and learns nothing for long.
 LLAMA_SIZES = {
     "llama_tiny": LlamaOptions(embed_scale=True, init_std=0.088),
     "llama_124m": replace(_PUBLISHED, dim=768, depth=12, heads=12, kv_heads=12, hidden_dim=2048),

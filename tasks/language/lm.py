@@ -146,7 +146,8 @@ class LanguageModelling(SuiteModule):
         )
         if is_main_process():
             text = o.prompt + decode(made)
-            shown = "\n".join(f"  | {line}" for line in text.splitlines())
+            lines = ("".join(c if c.isprintable() else "�" for c in t) for t in text.splitlines())
+            shown = "\n".join(f"  | {line}" for line in lines)
             say(f"sample of {len(made)} tokens at temperature {o.temperature:g}:\n{shown}")
             if self.folder is not None:
                 (self.folder / "sample.txt").write_text(text, encoding="utf-8")

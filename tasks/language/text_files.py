@@ -11,29 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from suite.errors import ConfigError, shown
+from tasks.language.magic import kind_of
 
 BOM = b"\xef\xbb\xbf"
-MAGIC = {
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"GIF8": "a GIF image",
-    b"%PDF-": "a PDF",
-    b"PK\x03\x04": "a zip archive (or a .docx, .epub, .npz or PyTorch file, which are such)",
-    b"\x1f\x8b": "gzip-compressed",
-    b"BZh": "bzip2-compressed",
-    b"\xfd7zXZ\x00": "xz-compressed",
-    b"\x28\xb5\x2f\xfd": "zstd-compressed",
-    b"7z\xbc\xaf": "a 7z archive",
-    b"PAR1": "a Parquet table",
-    b"\x93NUMPY": "a NumPy array",
-    b"RIFF": "a sound or an image (RIFF)",
-    b"OggS": "a sound (Ogg)",
-    b"fLaC": "a sound (FLAC)",
-    b"\x7fELF": "a program",
-    b"SQLite format 3\0": "an SQLite database",
-    b"\xff\xfe": "UTF-16 text (iconv -f UTF-16 -t UTF-8 converts it)",
-    b"\xfe\xff": "UTF-16 text (iconv -f UTF-16 -t UTF-8 converts it)",
-}  # fmt: skip
 
 
 class Document(NamedTuple):
@@ -104,11 +84,8 @@ def read_text(file: Path, *, utf8: bool) -> bytes:
     except OSError as error:
         raise ConfigError(f"data=text: {shown(file)} cannot be read ({error.strerror})") from None
     at = content.find(b"\0")
-    for magic, what in MAGIC.items():
-        # letters may begin a text too: they need a NUL to be believed
-        letters = magic.isalnum()
-        if content.startswith(magic) and (at >= 0 or not letters):
-            raise ConfigError(f"data=text: {shown(file)} is no text but {what}; take it out")
+    if kind := kind_of(content):
+        raise ConfigError(f"data=text: {shown(file)} is no text but {kind}; take it out")
     if at >= 0:
         raise ConfigError(
             f"data=text: {shown(file)} is no text: byte {at:,} is NUL; take the file out, or "

@@ -80,6 +80,8 @@ def run(settings: Settings) -> int:
         )
     total = sum(source.size for source in sources)
     with Writer(settings.out) as writer, Display(total) as display, asked_to_stop():
+        if finished(settings.out) is not None:  # by another process, between the look and the lock
+            raise ConfigError(f"--out {shown(settings.out)} was just written by another process")
         plan = begin(settings, asked, sources, encoding, writer, display)
         write_all(settings, plan, sources, writer, display)
         check_splits(settings, writer)

@@ -37,6 +37,7 @@ from tasks.vision.picture import save_reconstructions
 from tasks.vision.probe import knn_accuracy, linear_accuracy
 
 PIXELS_AT_MOST = 1 << 30  # bytes of raw training pixels that are held for their probe
+MANY = 100_000  # images of which a probe takes so long that it is announced
 PROBES = ("none", "knn", "linear", "both")
 PICTURE = "reconstructions.png"
 UNTRAINED = "suite_untrained"  # key of a checkpoint
@@ -117,7 +118,8 @@ class Pretrain(SuiteModule):
             )
 
     def step(self, batch: Batch, split: Split) -> StepOutput:
-        image, valid = batch["image"], batch["valid"].bool()
+        valid = batch["valid"].bool()
+        image = batch["image"].where(valid[:, None, None, None], 0.0)
         real = valid if self.padded and self.training else None
         noise_BN = self.noise(batch["sample_id"], batch["epoch"], split)
         predicted_BNP, masked_BN = self.model(
@@ -203,7 +205,10 @@ class Pretrain(SuiteModule):
         if self._lacking():
             return {}
         assert self.info.classes is not None
-        rows = {split: self._rows(split, self._features) for split in SPLITS}
+        wanted: tuple[Split, ...] = ("train", "test") if self.options.probe == "knn" else SPLITS
+        if (count := len(self._data.splits.train)) > MANY:
+            say(f"probing {count:,} training images; task.probe=none leaves it out")
+        rows = {split: self._rows(split, self._features) for split in wanted}
         found: dict[str, float] = {}
         if not is_main_process():
             return found
@@ -214,6 +219,7 @@ class Pretrain(SuiteModule):
                 parts = [p for s in SPLITS for p in (rows[s].features, rows[s].label)]
                 linear = linear_accuracy(*parts, classes=self.info.classes)
                 found["linear_acc"] = linear.test_acc
+                found["linear_penalty"] = linear.penalty  # at an edge of its grid: look twice
         except ValueError as error:  # features that are no numbers
             say(f"warning: no probe: {error}")
         except torch.OutOfMemoryError:  # the run is worth more than its probe

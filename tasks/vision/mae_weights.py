@@ -69,6 +69,7 @@ def to_vit(
     fresh = {name: own[name] for name in within(own, *FRESH) if name not in found}
     if fresh:
         notes.append(f"starts fresh: {parts_of(fresh)}")
+    check_sizes(found, own)
     fit_class_token(found, own, notes)
     fit_positions(found, own, notes)
     return found | fresh, notes
@@ -86,6 +87,8 @@ def to_mae(
             "these are weights of a classifier, not of a masked autoencoder: its encoder was "
             "trained for its labels; take task=vision/classify for this file"
         )
+    if has_decoder(state) or is_encoder(state):
+        check_sizes(state, own)
     if has_decoder(state) or not is_encoder(state):
         return dict(state), []
     if whole:
@@ -95,6 +98,30 @@ def to_mae(
         )
     fresh = {name: own[name] for name in within(own, *DECODER)}
     return dict(state) | fresh, [f"the file has no decoder; starts fresh: {parts_of(fresh)}"]
+
+
+def check_sizes(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise ValueError that names the options which differ from those of a pre-training's file."""
+    here = sizes_of(own)
+    wrong = {n: size for n, size in sizes_of(state).items() if size != here.get(n, size)}
+    if wrong:
+        known = ", ".join(f"{name}={here[name]}" for name in wrong)
+        settings = " ".join(f"model.{name}={size}" for name, size in wrong.items())
+        raise ValueError(f"its sizes are other than this model's ({known}): set {settings}")
+
+
+def sizes_of(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """The options that shapes and names show, as far as there are such tensors."""
+    sizes = {}
+    patch, decoder = (state.get(f"{n}.weight") for n in ("patch_embed.proj", "decoder_embed"))
+    if patch is not None and patch.dim() == 4:
+        sizes["dim"], sizes["in_chans"], sizes["patch_size"], _ = patch.shape
+    if decoder is not None:
+        sizes["decoder_dim"] = len(decoder)
+    for option, blocks in (("depth", "blocks."), ("decoder_depth", "decoder_blocks.")):
+        if numbers := {name.split(".")[1] for name in within(state, blocks)}:
+            sizes[option] = len(numbers)
+    return sizes
 
 
 def fit_class_token(found: State, own: Mapping[str, Tensor], notes: list[str]) -> None:

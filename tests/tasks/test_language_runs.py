@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from test_run import crash_at, main, one_line, result, rows, weights
 from torch import Tensor
 
+from suite.norms import make_norm
 from tasks.language import tokenize
+from tasks.language.llama import Llama, LlamaOptions
 from tasks.language.shakespeare import load_plays
 from tasks.language.text import TextOptions, build_text
 from tasks.language.tokens import BYTE_END
@@ -235,7 +238,8 @@ def theirs() -> Any:
     return model
 
 
-HUB = [*SHORT, *ONE, *LLAMA, *PLAY, "norm=rmsnorm", "data.eval_batch_size=1"]
+THEIRS = ["norm=rmsnorm", "model.embed_scale=false"]
+HUB = [*SHORT, *ONE, *LLAMA, *PLAY, *THEIRS, "data.eval_batch_size=1"]
 
 
 def test_a_folder_that_transformers_saved_in_parts_starts_a_run(
@@ -445,6 +449,11 @@ def write_wrong() -> None:
         for split in ("train", "val"):
             ids.astype(dtype).tofile(f"{folder}/{split}.bin")
     Path("narrow/meta.json").write_text('{"vocab_size": 100, "dtype": "uint16"}')
+    options = LlamaOptions(dim=16, depth=1, heads=2, kv_heads=1, hidden_dim=32)
+    larger = Llama(options, norm=make_norm("rmsnorm"), vocab_size=300).state_dict()
+    save_file(larger, "hf.safetensors")
+    del larger["model.embed_tokens.weight"]
+    save_file(larger, "hf-00001-of-00002.safetensors")
     Path("hf/model.safetensors.index.json").write_text('{"weight_map": {"a": "../a.safetensors"}}')
 
 
@@ -485,6 +494,16 @@ WRONG: dict[str, tuple[list[str], list[str], str]] = {
     ),
     "site": (BASE, ["norm=dyt", "norm.alpha_init_by_site.atn=1"], "did you mean 'attn'"),
     "weights": (BASE, ["model.init_from=hf"], "expected .safetensors files beside it"),
+    "other sizes": (
+        BASE,
+        ["norm=rmsnorm", "model.init_from=hf.safetensors"],
+        "(vocab_size=257, hidden_dim=24): set model.vocab_size=300 model.hidden_dim=32",
+    ),
+    "a piece": (
+        BASE,
+        ["norm=rmsnorm", "model.init_from=hf-00001-of-00002.safetensors"],
+        "give their folder, which has a model.safetensors.index.json",
+    ),
     "no weights": (BASE, ["model.init_from=empty"], "has no checkpoints/best.ckpt"),
     # the texts
     "no root": (TEXT, [], "data=text: needs data.root=PATH"),

@@ -154,7 +154,7 @@ def test_a_second_copy_of_a_tied_head_is_dropped_and_another_head_refused() -> N
         ({}, {"embed_scale": True}, "Set model.embed_scale=true"),
         ({"embed_scale": True}, {}, "Set model.embed_scale=false"),
         ({"kv_heads": 6}, {}, "other shape model.layers.0.self_attn.k_proj.weight"),
-        ({"depth": 3}, {}, "missing model.layers.2."),
+        ({"depth": 3}, {}, "(depth=3): set model.depth=2"),
     ],
 )
 def test_a_file_of_another_model_is_refused_in_one_line(

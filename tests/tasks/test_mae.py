@@ -493,6 +493,15 @@ def test_data_without_training_images_is_tested_and_not_probed(
     assert said in capsys.readouterr().err
 
 
+def test_neighbours_are_sought_without_reading_the_validation_images() -> None:
+    task, values = in_test((12, 4, 4)), {"test/loss": 1.0}
+    task.options = MaeTaskOptions(pictures=0, probe="knn")
+    task.after_evaluation("test", values)
+    assert set(values) == {"test/loss", "test/knn_acc", "test/knn_acc_pixels"}
+    assert task._data.splits.val.read == []
+    assert task._data.splits.train.read == [list(range(12))] * 2  # features, and pixels
+
+
 def test_features_that_do_not_fit_cost_the_linear_probe_and_not_the_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -643,7 +652,7 @@ def test_a_resumed_run_still_knows_the_untrained_network(
     assert main(["run.resume=b"]) == 0
     content = torch.load("b/checkpoints/last.ckpt", weights_only=True)
     untrained = content["suite_untrained"]
-    assert set(untrained) == {"knn_acc", "linear_acc"}
+    assert set(untrained) == {"knn_acc", "linear_acc", "linear_penalty"}
     m = result("b")["metrics"]
     assert m["test/knn_acc_untrained"] == pytest.approx(untrained["knn_acc"])
     whole = result("a")["metrics"]

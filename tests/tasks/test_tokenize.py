@@ -375,7 +375,7 @@ def png(file: Path) -> None:
 
 
 WRONG_FILES = {
-    "a PNG": (png, "no text but a PNG picture"),
+    "a PNG": (png, "no text but a PNG image"),
     "a pickle": (lambda f: f.write_bytes(pickle.dumps({"text": "a"})), "no text but a pickle"),
     "weights": (lambda f: torch.save({"a": torch.zeros(3)}, f), "no text but a zip archive"),
     "zeros": (lambda f: f.write_bytes(bytes(100)), "no text but binary"),
@@ -500,3 +500,19 @@ def test_help_needs_neither_torch_nor_an_input():
     )
     assert run.returncode == 0, run.stderr
     assert "--val-share" in run.stdout
+
+
+def test_a_folder_that_another_process_has_just_finished_is_left_as_it_is(
+    tmp_path, json_lines, capsys, monkeypatch
+):
+    """It was looked at before the other one ended, and is locked after."""
+    out = tmp_path / "out"
+    assert make(json_lines, out) == 0
+    capsys.readouterr()
+    before = (out / "meta.json").read_bytes(), (out / "train.bin").stat().st_mtime_ns
+    answers = iter([None, {}])
+    monkeypatch.setattr("tasks.language.tokenize.finished", lambda out: next(answers))
+    monkeypatch.setattr("tasks.language.tokenize.foreign_names", lambda out: [])
+    assert make(json_lines, out, "--encoding", "characters") == 2
+    assert "just written by another process" in one_line(capsys)
+    assert before == ((out / "meta.json").read_bytes(), (out / "train.bin").stat().st_mtime_ns)
