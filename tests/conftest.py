@@ -33,6 +33,16 @@ def chosen_norms(config: pytest.Config, names: list[str]) -> list[str]:
     return [norm]
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `--dist loadgroup`: a file's tests share its fixtures, so they stay in one process; the
+    contract's cells say themselves which belong together.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -300,7 +300,10 @@ class Llama(nn.Module):
         if wrong:
             here = ", ".join(f"{name}={own[name]}" for name in wrong)
             settings = " ".join(f"model.{name}={size}" for name, size in wrong.items())
-            raise ValueError(f"its sizes are other than this model's ({here}): set {settings}")
+            where = ", if its ids mean what the data's do" if "vocab_size" in wrong else ""
+            raise ValueError(
+                f"its sizes are other than this model's ({here}): set {settings}{where}"
+            )
 
     def check_rotary(self, name: str, found: Tensor) -> None:
         """Raise ValueError unless a file's frequencies are those of this model, to rounding."""

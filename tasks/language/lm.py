@@ -50,7 +50,7 @@ class LMOptions:
         if self.sample_tokens < 0:
             raise ValueError(f"sample_tokens must not be negative, got {self.sample_tokens}")
         if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+            raise ValueError(f"temperature must be 0 or more and finite, got {self.temperature}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 or null, got {self.top_k}")
 

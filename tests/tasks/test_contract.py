@@ -70,6 +70,8 @@ LANGUAGE: dict[str, dict[str, Any]] = {
         "kv_heads": 2,
         "hidden_dim": 32,
         "vocab_size": None,
+        "embed_scale": True,
+        "init_std": 0.2,
         "checkpoint": False,
     },
     "gpt2_": {
@@ -77,6 +79,8 @@ LANGUAGE: dict[str, dict[str, Any]] = {
         "depth": 2,
         "heads": 4,
         "vocab_size": None,
+        "embed_scale": True,
+        "init_std": 0.2,
         "max_length": 256,
         "checkpoint": False,
     },
@@ -160,7 +164,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cells = [
         pytest.param(
             (task, model, norm),
-            marks=getattr(pytest.mark, task.split("/")[0]),
+            marks=[
+                getattr(pytest.mark, task.split("/")[0]),
+                pytest.mark.xdist_group(f"{task}-{model}"),
+            ],
             id=f"{task}-{model}-{norm}",
         )
         for task in task_names()

@@ -497,7 +497,7 @@ WRONG: dict[str, tuple[list[str], list[str], str]] = {
     "other sizes": (
         BASE,
         ["norm=rmsnorm", "model.init_from=hf.safetensors"],
-        "(vocab_size=257, hidden_dim=24): set model.vocab_size=300 model.hidden_dim=32",
+        "(vocab_size=257, hidden_dim=24): set model.vocab_size=300 model.hidden_dim=32, if its ids",
     ),
     "a piece": (
         BASE,
@@ -560,6 +560,7 @@ WRONG: dict[str, tuple[list[str], list[str], str]] = {
     ),
     # the task, the recipes
     "temperature": (BASE, ["task.temperature=-1"], "task.temperature=-1: must be 0 or more"),
+    "no temperature": (BASE, ["task.temperature=inf"], "must be 0 or more and finite"),
     "top_k": (BASE, ["task.top_k=0"], "task.top_k=0: must be at least 1"),
     "sample": (BASE, ["task.sample_tokens=-1"], "task.sample_tokens=-1: must not be negative"),
     "recipe": (["recipe=dyt_llama_8b"], [], "Did you mean recipe=dyt_llama_7b?"),
