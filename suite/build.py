@@ -120,7 +120,7 @@ def build_model(config: Config, spec: TaskSpec, factory: NormFactory, splits: Sp
         ) from error
     if getattr(model, "causal", False) and not factory.causal:
         raise ConfigError(
-            f"norm={config.norm_name}: its statistics look across positions, so that "
+            f"{factory.across_positions()}: its statistics look across positions, so that "
             f"model={config.model_name} would see what it has to predict; take a norm of each "
             "position such as layernorm, rmsnorm, dyt or derf"
         )

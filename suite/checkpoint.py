@@ -73,6 +73,7 @@ def read_checkpoint(path: Path, *, lazy: bool = False) -> dict[str, Any]:
     except Exception as error:  # of a damaged file, whatever its bytes make the reader do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = re.sub(r"\x1b\[[0-9;]*m", "", reason)  # torch colours its advice
+        reason = reason.partition(" In PyTorch 2.6")[0]  # which is to load without weights_only
         raise ConfigError(
             f"{path}: not a readable checkpoint of tensors and plain values ({reason})"
         ) from error
@@ -183,7 +184,10 @@ def read_weights(
     later: takes the tensors, still on the disk, in place of a model that has no values yet.
     """
     where = f"{key}={file}"
-    content = read_checkpoint(file, lazy=later is not None)
+    try:
+        content = read_checkpoint(file, lazy=later is not None)
+    except ConfigError as error:
+        raise ConfigError(f"{key}={error}") from error  # which begins with the file
     try:
         state, identity = split_weights(content)
     except ConfigError as error:

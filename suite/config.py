@@ -123,7 +123,8 @@ def _resolve(request: cli.Request) -> tuple[Config, list[str]]:
     names = {"task": registry.DEFAULT_TASK, **source.names, **request.choices}
     if names["task"] != source.names.get("task", names["task"]):
         owner = source.names["task"]
-        raise ConfigError(f"{source.path} is for task={owner}, not task={names['task']}")
+        other = f"{source.path} is for task={owner}, not task={names['task']}"
+        raise ConfigError(f"{other}; leave task= out")
     registry.check_choice("task", names["task"], registry.task_names())
     surroundings, notes = sources.from_torchrun(request.settings, os.environ)
     given = [*source.settings, *request.settings, *surroundings]

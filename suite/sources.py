@@ -87,8 +87,8 @@ def _recipe_path(recipe: str) -> Path:
 def _run_config(key: str, run: str) -> Path | None:
     """config.yaml of a run that is given as its folder or as one of its checkpoints.
 
-    None for a file to evaluate that is not a run's: published weights, which the command line
-    describes.
+    None for a file or a Hugging Face folder to evaluate that is not a run's: published weights,
+    which the command line describes.
     """
     path = Path(run).expanduser()
     if not path.exists():
@@ -97,12 +97,15 @@ def _run_config(key: str, run: str) -> Path | None:
         )
     for folder in (path, path.parent, path.parent.parent):
         # beside published weights may lie somebody else's config.yaml
-        ours = path.is_dir() or (folder / "checkpoints").is_dir()
+        ours = (folder == path and path.is_dir()) or (folder / "checkpoints").is_dir()
         if ours and (folder / "config.yaml").is_file():
             return folder / "config.yaml"
-    if key == "evaluate" and path.is_file():
+    if key == "evaluate" and (path.is_file() or any(path.glob("model.safetensors*"))):
         return None
-    raise ConfigError(f"{key}={run}: not a run: no config.yaml there")
+    raise ConfigError(
+        f"{key}={run}: not a run: no config.yaml there; give a run's folder"
+        + (", a file of weights or a folder with model.safetensors" * (key == "evaluate"))
+    )
 
 
 def from_torchrun(

@@ -56,6 +56,13 @@ class NormFactory:
         vars(module).update(norm_name=self.name, site=site)
         return module
 
+    def across_positions(self) -> str:
+        """`norm=batchnorm` or `norm.by_site.ffn=batchnorm`: which choice is not causal."""
+        sites = [site for site, other in self._by_site.items() if not other.causal]
+        if not sites:
+            return f"norm={self.name}"
+        return f"norm.by_site.{sites[0]}={self._by_site[sites[0]].name}"
+
     def name_at(self, site: str) -> str:
         """The norm that stands at `site`: by_site's, or this one."""
         return self._by_site[site].name if site in self._by_site else self.name

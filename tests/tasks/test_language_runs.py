@@ -255,18 +255,7 @@ def test_a_folder_that_transformers_saved_in_parts_starts_a_run(
     assert not Path("b").exists()
 
 
-@pytest.mark.parametrize(
-    "place",
-    [
-        "hub/model.safetensors.index.json",
-        pytest.param(
-            "hub",
-            marks=pytest.mark.xfail(
-                strict=True, reason="evaluate= takes a folder of a run alone, not of weights"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("place", ["hub", "hub/model.safetensors.index.json"])
 def test_it_evaluates_to_the_loss_that_transformers_has(
     place: str, theirs: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -199,7 +199,7 @@ def test_sizes_cover_what_is_listed() -> None:
     for size in LLAMA_SIZES.values():
         assert size.vocab_size in (None, 32_000)
         assert not size.norm_bias
-        assert not size.embed_scale
+        assert size.embed_scale == (size.vocab_size is None)  # tiny alone
 
 
 def test_a_token_costs_six_operations_a_weight_and_attention() -> None:
