@@ -33,7 +33,7 @@ from suite.callbacks import (
 )
 from suite.checkpoint import init_from
 from suite.config import Config, to_dict
-from suite.data import Splits, SuiteDataModule
+from suite.data import DataInfo, Splits, SuiteDataModule
 from suite.ema import WeightEMA
 from suite.errors import ConfigError
 from suite.memory import check_memory
@@ -172,6 +172,7 @@ def build_parts(config: Config, *, processes: int) -> Parts:
             norm=norm,
             across_norms=across,
             options=config.model,
+            meaning=splits.info.extra.get("meaning"),
             later=None if sharding is None else sharding.weights,
         )
     trainer = config.trainer
@@ -193,7 +194,7 @@ def build_parts(config: Config, *, processes: int) -> Parts:
         options=config.task,
         info=splits.info,
         optim=config.optim,
-        identity=identity(config, factory),
+        identity=identity(config, factory, splits.info),
         seed=config.seed,
         nominal=max(1, config.data.batch_size // (processes * accumulate)),
         steps_per_epoch=max(1, batches // accumulate),
@@ -229,7 +230,7 @@ def epoch_batches(config: Config, data: SuiteDataModule, *, processes: int) -> i
     return found
 
 
-def identity(config: Config, factory: NormFactory) -> dict[str, Any]:
+def identity(config: Config, factory: NormFactory, info: DataInfo) -> dict[str, Any]:
     """What travels in every checkpoint: plain values, which weights_only loading reads."""
     return {
         "schema": 1,
@@ -237,6 +238,7 @@ def identity(config: Config, factory: NormFactory) -> dict[str, Any]:
         "model": config.model_name,
         "data": config.data_name,
         "norm": factory.describe(),
+        "meaning": info.extra.get("meaning"),
         "config": to_dict(config),
     }
 

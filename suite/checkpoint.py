@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from suite.errors import ConfigError
 from suite.norms import check_compatible, norm_parameters
+from suite.traces import check_config_json, check_meaning, check_traceless
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".safetensors.index.json")
 PUBLISHED = ("model.safetensors", "model.safetensors.index.json")  # in Hugging Face's folders
@@ -144,12 +145,13 @@ def init_from(
     norm: Mapping[str, Any],
     across_norms: bool,
     options: Any = None,
+    meaning: Any = None,
     later: dict[str, Tensor] | None = None,
 ) -> list[str]:
     """Load a file's or a run's weights into `model` before training; returns notes on what was
     done.
 
-    norm: the chosen factory's description. across_norms: load what both norms have. options, later:
+    norm: the chosen factory's description. across_norms: load what both norms have. For the others
     see `read_weights`.
     Raises ConfigError if names or shapes differ, or the norm does and across_norms is off.
     """
@@ -161,6 +163,7 @@ def init_from(
         key="model.init_from",
         across_norms=across_norms,
         options=options,
+        meaning=meaning,
         later=later,
     )
 
@@ -173,6 +176,7 @@ def read_weights(
     key: str,
     across_norms: bool = False,
     options: Any = None,
+    meaning: Any = None,
     later: dict[str, Tensor] | None = None,
 ) -> list[str]:
     """Load `file` into `model`, strictly but for norms if across_norms. key: its name in errors.
@@ -181,7 +185,8 @@ def read_weights(
     or of another of its tasks, under its own names. whole: nothing may be left at its initial
     value. And fixed_by_weights, the names of options that leave no trace in names or shapes: where
     the file says what they were, they must be as in `options`.
-    later: takes the tensors, still on the disk, in place of a model that has no values yet.
+    meaning: of the data's ids, see suite.traces. later: takes the tensors, still on the disk, in
+    place of a model that has no values yet.
     """
     where = f"{key}={file}"
     try:
@@ -197,8 +202,12 @@ def read_weights(
             check_compatible(identity["norm"], norm)
         except (ValueError, KeyError) as error:
             raise ConfigError(f"{where}: {error}") from error
+    if identity is not None:
+        check_meaning(identity, meaning, where=where)
     if identity is not None and options is not None:
         check_traceless(getattr(model, "fixed_by_weights", ()), identity, options, where=where)
+    if identity is None and options is not None:
+        check_config_json(model, file, options, where=where)
     notes = []
     if adapt := getattr(model, "adapt", None):
         try:
@@ -239,27 +248,6 @@ def read_weights(
             f"{few(foreign) or 'nothing'} of the file was left out"
         )
     return notes
-
-
-def check_traceless(
-    fields: Iterable[str], identity: Mapping[str, Any], options: Any, *, where: str
-) -> None:
-    """Raise ConfigError where an option is not what the weights were trained with."""
-    saved = (identity.get("config") or {}).get("model") or {}
-    for field in fields:
-        was, now = (plain(v) for v in (saved.get(field), getattr(options, field)))
-        if field in saved and was != now:
-            raise ConfigError(
-                f"{where}: was trained with model.{field}={was}, here it is {now}: the weights "
-                f"would load and mean nothing; set model.{field}={was}"
-            )
-
-
-def plain(value: Any) -> Any:
-    """A list or tuple as sorted text, a truth value as YAML has it: to compare and to show."""
-    if isinstance(value, list | tuple):
-        return f"[{','.join(sorted(map(str, value)))}]"
-    return str(value).lower() if isinstance(value, bool) else value
 
 
 def few(names: list[str]) -> str:

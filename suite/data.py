@@ -58,7 +58,8 @@ class DataOptions:
 class DataInfo:
     """What result.json says of the data.
 
-    sizes: examples by split; extra: what a model must know.
+    sizes: examples by split; extra: what a model must know. extra["meaning"]: plain values that say
+    what an id stands for; weights of another meaning are refused.
     """
 
     name: str

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from suite.build import (
     build_callbacks,
@@ -39,9 +40,9 @@ def evaluate(config: Config) -> int:
     model = parts.module.model
     sharding = parts.module.sharding
     later = None if sharding is None else sharding.weights
-    for note in read_weights(
-        model, file, norm=norm, key="evaluate", options=config.model, later=later
-    ):
+    meaning = parts.data.splits.info.extra.get("meaning")
+    given: Any = {"options": config.model, "meaning": meaning, "later": later}
+    for note in read_weights(model, file, norm=norm, key="evaluate", **given):
         say(f"note: {note}")
     trainer = build_trainer(config, processes=processes, callbacks=[], folder=None)
     check_model(parts, trainer)

@@ -21,7 +21,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from suite.norms import NormFactory
 from suite.registry import ModelOptions
 
 SITES = ("attn", "ffn", "final")
+PUBLISHED_GELUS = {"gelu_new": "tanh", "gelu_pytorch_tanh": "tanh", "gelu": "exact"}
 GELUS: dict[str, Literal["tanh", "none"]] = {"tanh": "tanh", "exact": "none"}  # torch's names
 
 BUFFER = re.compile(r"\.attn\.(bias|masked_bias)$")  # the causal mask of published files
@@ -298,6 +299,24 @@ class GPT2(nn.Module):
             here = ", ".join(f"{n}={own.get(n, getattr(self.options, n))}" for n in wrong)
             settings = " ".join(f"model.{name}={value}" for name, value in wrong.items())
             raise ValueError(f"its sizes are other than this model's ({here}): set {settings}")
+
+    def said_by(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Options by a config.json of Hugging Face. Raises ValueError for what has no option."""
+        if config.get("model_type", "gpt2") != "gpt2":
+            raise ValueError(f"model_type={config['model_type']}, expected gpt2")
+        for name in ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn"):
+            if config.get(name):
+                raise ValueError(f"{name}=true, which this GPT-2 does not have")
+        act = config.get("activation_function")
+        if act not in (None, *PUBLISHED_GELUS):
+            allowed = ", ".join(PUBLISHED_GELUS)
+            raise ValueError(f"activation_function={act}; allowed: {allowed}")
+        found = {
+            "heads": config.get("n_head"),
+            "gelu": None if act is None else PUBLISHED_GELUS[act],
+            "eps": config.get("layer_norm_epsilon"),
+        }
+        return {key: value for key, value in found.items() if value is not None}
 
     def weights_hint(self, names: set[str]) -> str:
         """What to set so that a file with these names fits; empty if that is not the matter."""

@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -317,6 +318,22 @@ class Llama(nn.Module):
             )
         if not torch.allclose(found.double(), expected, rtol=1e-2, atol=1e-6):  # of 16 bits, too
             raise ValueError(f"{name} is not of model.rope_theta={options.rope_theta:g}")
+
+    def said_by(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Options by a config.json of Hugging Face. Raises ValueError for what has no option."""
+        if config.get("model_type", "llama") != "llama":
+            raise ValueError(f"model_type={config['model_type']}, expected llama")
+        rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"rope_type={kind}; rotary positions here are the plain ones")
+        found = {
+            "heads": config.get("num_attention_heads"),
+            "kv_heads": config.get("num_key_value_heads"),
+            "rope_theta": config.get("rope_theta", rope.get("rope_theta")),
+            "eps": config.get("rms_norm_eps"),
+        }
+        return {key: value for key, value in found.items() if value is not None}
 
     def weights_hint(self, names: set[str]) -> str:
         """What may be wrong with a file that has other names."""

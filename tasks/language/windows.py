@@ -242,6 +242,7 @@ def encoding_extra(encoding: Encoding | None) -> dict[str, Any]:
     if encoding is None:
         return {"token_bytes": None, "encode": None, "decode": None, "end": None}
     return {
+        "meaning": encoding.describe(),
         "token_bytes": encoding.token_bytes(),
         "encode": lambda text: encoding.encode(text).tolist(),
         "decode": encoding.decode,

@@ -204,6 +204,24 @@ def test_a_run_starts_from_another_ones_weights(
         torch.testing.assert_close(value, before[name], rtol=0, atol=1e-6)
 
 
+def test_weights_whose_ids_mean_other_characters_are_refused(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two texts of three characters each: every shape is the same, and no id means the same."""
+    Path("abc.txt").write_text("ab\n" * 600)
+    Path("xyz.txt").write_text("xy\n" * 600)
+    start = [*SHORT, *ONE, *LLAMA, "data=text", "data.encoding=characters"]
+    assert main([*start, "data.root=abc.txt", "run.dir=a"]) == 0
+    assert main([*start, "data.root=abc.txt", "model.init_from=a", "run.dir=b"]) == 0
+    capsys.readouterr()
+    for tokens in (["model.init_from=a", "run.dir=c"], ["evaluate=a"]):
+        assert main([*start, "data.root=xyz.txt", *tokens]) == 2
+        assert "other ids (characters" in one_line(capsys)
+    assert main([*SHORT, *ONE, *LLAMA, *PLAY, "model.init_from=a", "run.dir=c"]) == 2
+    assert "than the data's (bytes" in one_line(capsys)
+    assert not Path("c").exists()
+
+
 def test_another_norm_is_refused_and_crossing_is_asked_for(
     runs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

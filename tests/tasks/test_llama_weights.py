@@ -5,6 +5,7 @@ And what is said of a file that does not fit.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,28 @@ def test_a_file_that_hugging_face_saved_loads_as_it_is(tmp_path: Path, tied: boo
     notes = load(ours, tmp_path / "model.safetensors")
     torch.testing.assert_close(ours(tokens()), theirs(tokens()).logits, rtol=1e-5, atol=1e-5)
     assert any("does not say its norm" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"num_attention_heads": 2}, r"set model\.heads=2$"),
+        ({"rms_norm_eps": 1e-6}, r"set model\.eps=1e-06$"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, r"rope_theta=500000"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "rope_type=llama3"),
+        ({"model_type": "mistral"}, "model_type=mistral, expected llama"),
+    ],
+)
+def test_a_config_beside_the_weights_that_says_otherwise_is_heard(
+    tmp_path: Path, changed: dict[str, Any], said: str
+) -> None:
+    published().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(ConfigError, match=said):
+        load(build(), tmp_path / "model.safetensors")
+    file.write_text("no JSON")
+    load(build(), tmp_path / "model.safetensors")
 
 
 def load(model: Llama, file: Path) -> list[str]:
