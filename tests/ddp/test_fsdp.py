@@ -14,7 +14,19 @@ SHARDED = "trainer.strategy=fully_shard"
 LLAMA = ["model=llama_tiny", "model.kv_heads=1", "model.hidden_dim=21", "model.embed_scale=true"]
 GPT2 = ["model=gpt2_tiny", "model.hidden_dim=21", "model.max_length=24", "norm=dyt"]
 ADAM = ["optim.name=adamw", "optim.lr=0.003", "optim.ema_decay=0.5"]
+RECIPE = [
+    "recipe=dyt_llama_7b",  # scaled down; its alphas, embedding scale, checkpointing and decay stay
+    "model.kv_heads=1",
+    "model.hidden_dim=21",
+    "model.vocab_size=null",
+    "optim.min_lr=0",
+    "trainer.strategy=auto",
+    "trainer.precision=32-true",
+    "run.compile=false",
+    "run.save_every_n_steps=null",
+]
 CASES = {
+    "recipe": RECIPE,
     "dyt": [*LLAMA, "norm=dyt"],
     "rmsnorm": [*LLAMA, "norm=rmsnorm"],
     "clipped": [*LLAMA, "norm=dyt", "trainer.gradient_clip_val=0.3"],
