@@ -125,7 +125,7 @@ BATCH = {
     "language/lm": 2,
 }
 SMALL = {"vit_fmnist", "convnext_fmnist", "mae_tiny"}  # made for 28 x 28 grey images
-RATE = {"dna/classify": 1e-2}  # where twelve steps of 3e-3 are too short a way
+RATE = {"dna/classify": 1e-2, "language/lm": 1e-2}  # where twelve steps of 3e-3 are too short a way
 PER_EXAMPLE = {
     "vision/classify",
     "speech/ctc",

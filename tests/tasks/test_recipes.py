@@ -436,7 +436,9 @@ def value(config: Config, key: str) -> Any:
 
 
 def test_there_is_a_recipe_for_every_row_of_the_tables_and_no_other() -> None:
-    assert {*NAMES, *SPEECH, *DNA} == set(sources.recipes())
+    elsewhere = ("_mae_vit_", "_llama_", "_gpt2_")  # test_recipes_mae.py, test_recipes_language.py
+    here = {name for name in sources.recipes() if not any(part in name for part in elsewhere)}
+    assert {*NAMES, *SPEECH, *DNA} == here
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -268,3 +268,8 @@ def test_rows_that_gpus_take_at_a_time_add_up_to_the_batch() -> None:
         found = re.findall(r"^\| (\d+)[^|]* \| (\d+) \| (\d+) \|", table, flags=re.M)
         assert len(found) >= 3
         assert {int(gpus) * int(steps) * int(rows) for gpus, steps, rows in found} == {batch}
+
+
+def test_there_is_a_recipe_for_every_row_of_the_tables_and_no_other() -> None:
+    found = {name for name in sources.recipes() if "_llama_" in name or "_gpt2_" in name}
+    assert {*LLAMA, *GPT2} == found

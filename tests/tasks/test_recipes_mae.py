@@ -222,3 +222,7 @@ def test_the_page_has_every_recipe_of_mae_with_its_figure_and_size() -> None:
         count, norms = (COUNTS if name in PRETRAIN else COUNTS_FINE)[size]
         assert cells[0] == TOP1[norm, size]
         assert cells[-2:] == [f"{count + norms * (norm == 'dyt'):,}", "not yet run"]
+
+
+def test_there_is_a_recipe_for_every_row_of_the_table_and_no_other() -> None:
+    assert {*PRETRAIN, *FINETUNE} == {name for name in sources.recipes() if "_mae_vit_" in name}

@@ -223,6 +223,8 @@ def kill(self, *args, **kwargs):
         os.killpg(0, signal.SIGINT)  # as Ctrl-C does: to every process of the group
 
 if __name__ == "__main__":
+    # in a job of the background it is ignored, which this process would inherit
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     bin_writer.Writer.add = kill
     sys.exit(tokenize.main(sys.argv[2:]))
 """
