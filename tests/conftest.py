@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 CELLS = ("layernorm", "rmsnorm", "dyt", "derf")  # norms that have a tox cell of their own
@@ -46,3 +48,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_process_group_stays() -> Iterator[None]:
+    """A sharded run of one process leaves its group, which another test would trip over."""
+    yield
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
