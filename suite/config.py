@@ -122,9 +122,8 @@ def _resolve(request: cli.Request) -> tuple[Config, list[str]]:
     source = _read_source(request)
     names = {"task": registry.DEFAULT_TASK, **source.names, **request.choices}
     if names["task"] != source.names.get("task", names["task"]):
-        owner = source.names["task"]
-        other = f"{source.path} is for task={owner}, not task={names['task']}"
-        raise ConfigError(f"{other}; leave task= out")
+        other = f"not task={names['task']}; leave task= out"
+        raise ConfigError(f"{source.path} is for task={source.names['task']}, {other}")
     registry.check_choice("task", names["task"], registry.task_names())
     surroundings, notes = sources.from_torchrun(request.settings, os.environ)
     given = [*source.settings, *request.settings, *surroundings]
