@@ -8,6 +8,7 @@ is imported before a command is known to be right.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import sys
@@ -36,16 +37,16 @@ class Command:
     help: str
 
 
-def step(argv: Sequence[str]) -> int:
+def overhead(argv: Sequence[str]) -> int:
     """Time a training step of the suite against a plain loop and print what was found."""
     if {"--help", "-h"} & set(argv):
-        print(STEP_HELP)
+        print(OVERHEAD_HELP)
         return 0
     as_json = "--json" in argv
     own, rest = split_tokens([a for a in argv if a != "--json"], own=("rounds", "steps"))
     rounds = whole_number("rounds", own.get("rounds", str(MIN_ROUNDS)), low=MIN_ROUNDS)
     steps = whole_number("steps", own["steps"], low=1) if "steps" in own else None
-    config = settled(rest, command="step")
+    config = settled(rest, command="overhead")
 
     from suite.steptime import measure
 
@@ -81,20 +82,27 @@ def reference(argv: Sequence[str]) -> int:
     own, rest = split_tokens([a for a in argv if a != "--json"], own=("rounds", "rows", "seconds"))
     rounds = whole_number("rounds", own.get("rounds", str(MIN_ROUNDS)), low=MIN_ROUNDS)
     rows = whole_number("rows", own.get("rows", "2"), low=1)
-    seconds = number("seconds", own.get("seconds", "4"), low=MIN_SECONDS)
-    if not any(token.startswith("norm=") for token in rest):
-        rest.append(f"norm={REFERENCE_NORM}")
-    config = settled(rest, command="reference")
+    seconds = number("seconds", own["seconds"], low=MIN_SECONDS) if "seconds" in own else None
+    left_out = not any(token.startswith("norm=") for token in rest)
+    first = [*rest, f"norm={REFERENCE_NORM}"] if left_out else rest
+    said: set[str] = set()
+    config = settled(first, command="reference", said=said)
 
+    from suite.benches.peers import published_norm
     from suite.reference import measure
 
+    if left_out and (norm := published_norm(config)) != REFERENCE_NORM:
+        config = settled([*rest, f"norm={norm}"], command="reference", said=said)
     found = measure(config, rounds=rounds, rows=rows, seconds=seconds)
     print(json.dumps(found.to_dict(), indent=2) if as_json else found.to_text())
     return 0
 
 
-def settled(argv: Sequence[str], *, command: str) -> Config:
-    """The configuration that suite.train's tokens name. Raises ConfigError for another action."""
+def settled(argv: Sequence[str], *, command: str, said: set[str] | None = None) -> Config:
+    """The configuration that suite.train's tokens name. Raises ConfigError for another action.
+
+    said: notes that were made before, of another configuration.
+    """
     from suite.config import load
 
     loaded = load(argv)
@@ -102,8 +110,21 @@ def settled(argv: Sequence[str], *, command: str) -> Config:
         flag = loaded.action.replace("_", "-")
         raise ConfigError(f"suite.bench {command} times training and takes no {flag}; leave it out")
     for note in loaded.notes:
-        say(f"note: {note}")
+        if said is None or note not in said:
+            say(f"note: {note}")
+    if said is not None:
+        said.update(loaded.notes)
     return loaded.settled
+
+
+def of_suite(module: str) -> Callable[[Sequence[str]], int]:
+    """A command that a module of `suite` holds; it is imported when the command runs."""
+
+    def run(argv: Sequence[str]) -> int:
+        found: int = importlib.import_module(module).run(argv)
+        return found
+
+    return run
 
 
 def of_domain(name: str) -> Callable[[Sequence[str]], int]:
@@ -112,7 +133,14 @@ def of_domain(name: str) -> Callable[[Sequence[str]], int]:
 
 
 COMMANDS: dict[str, Command] = {
-    "step": Command(step, "a training step of the suite against a plain PyTorch loop"),
+    "norms": Command(of_suite("suite.benches.norms"), "norms by themselves, against a copy's time"),
+    "step": Command(
+        of_suite("suite.benches.step"), "a training step for norms x compile x precision"
+    ),
+    "fusion": Command(
+        of_suite("suite.benches.fusion"), "what an element-wise norm may be fused with"
+    ),
+    "overhead": Command(overhead, "a training step of the suite against a plain PyTorch loop"),
     "loading": Command(loading, "the suite's decoding and augmenting against a plain loader"),
     "reference": Command(reference, "a training step of a task against the field's own code"),
     **{name: Command(of_domain(name), text) for name, (_, text) in benches().items()},
@@ -170,10 +198,10 @@ commands
 `python -m suite.bench COMMAND --help` says what a command takes and how it measures.
 exit codes: 0 done, 1 error while running, 2 a mistake in the command, 130 interrupted"""
 
-STEP_HELP = f"""\
+OVERHEAD_HELP = f"""\
 Time a training step of the suite against a plain PyTorch loop over the same model and batches.
 
-usage: python -m suite.bench step [key=value ...] [rounds={MIN_ROUNDS}] [steps=N] [--json]
+usage: python -m suite.bench overhead [key=value ...] [rounds={MIN_ROUNDS}] [steps=N] [--json]
 
 key=value is what suite.train takes: task=, model=, norm=, data.batch_size=, trainer.accelerator=...
 rounds=N   pairs of timings, {MIN_ROUNDS} or more; the figure is the median of their ratios
@@ -189,9 +217,9 @@ far they are apart is printed. Warm-up, start-up, validation and checkpoints are
 each timing lasts is this command's choice, so trainer.max_steps and the like have no effect.
 
 examples
-  python -m suite.bench step task=vision/classify
-  python -m suite.bench step task=vision/classify data.batch_size=32 rounds=9
-  python -m suite.bench step run.norm_stats=false trainer.enable_progress_bar=false"""
+  python -m suite.bench overhead task=vision/classify
+  python -m suite.bench overhead task=vision/classify data.batch_size=32 rounds=9
+  python -m suite.bench overhead run.norm_stats=false trainer.enable_progress_bar=false"""
 
 LOADING_HELP = f"""\
 Time the suite's training loader against the plain loop over the same files (vision: torchvision's
@@ -219,16 +247,17 @@ examples
 
 REFERENCE_HELP = f"""\
 Time a training step of a task against the field's own implementation, and measure the memory of
-both (speech/pretrain: transformers' Wav2Vec2ForPreTraining).
+both (vision/classify: timm's VisionTransformer; speech/pretrain: transformers'
+Wav2Vec2ForPreTraining; language/lm: its LlamaForCausalLM or GPT2LMHeadModel).
 
 usage: python -m suite.bench reference task=speech/pretrain [key=value ...]
                                        [rounds={MIN_ROUNDS}] [rows=2] [seconds=4] [--json]
 
 key=value is what suite.train takes: model=, data=, trainer.accelerator=, trainer.precision=32-true
-or bf16-mixed. The norm is {REFERENCE_NORM}, which references have.
+or bf16-mixed. The norm is the one that the reference has.
 rounds=N   pairs of timings, {MIN_ROUNDS} or more; the figure is the median of their ratios
 rows=N     examples of the batch
-seconds=S  length of each, for audio
+seconds=S  length of each, 4 where it is left out; for audio alone, refused for images and tokens
 --json     everything that was measured, as one JSON object
 
 ours    the task's step, backward and optimizer.step, in a plain loop
@@ -240,6 +269,7 @@ weights and the batch, on a GPU what torch allocates there, else the resident se
 
 examples
   python -m suite.bench reference task=speech/pretrain model=wav2vec2_base rows=2 seconds=4
+  python -m suite.bench reference task=vision/classify model=vit_fmnist rows=32
   python -m suite.bench reference task=speech/pretrain model=wav2vec2_base rows=5 seconds=15.6 \\
       trainer.accelerator=gpu trainer.precision=bf16-mixed"""
 

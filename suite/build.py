@@ -24,6 +24,7 @@ from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from suite.backends import BackendProof, backends, recomputing
 from suite.callbacks import (
     NonFiniteGuard,
     NormStatistics,
@@ -201,19 +202,27 @@ def build_parts(config: Config, *, processes: int) -> Parts:
         padded=not config.data.drop_last or data.skips or getattr(config.data, "by_length", False),
     )
     module.sharding = sharding
+    if getattr(config.norm, "recompute", False):
+        module.saving = recomputing(config, model)
     return Parts(config, spec, factory, module, data, notes)
 
 
 def check_model(parts: Parts, trainer: L.Trainer) -> None:
-    """Raise ConfigError where the model says that it cannot run on the trainer's device.
+    """Raise ConfigError where the model or a norm's backend cannot run on the trainer's device.
 
     A model may have check_device(device), which raises ValueError.
     """
+    device, compiled = trainer.strategy.root_device, bool(parts.config.run.compile)
+    chosen = backends(parts.module.model, device, compiled=compiled)
+    parts.module.backends = chosen
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BackendProof):
+            callback.chosen = chosen
     check = getattr(parts.module.model, "check_device", None)
     if check is None:
         return
     try:
-        check(trainer.strategy.root_device)
+        check(device)
     except ValueError as error:
         raise ConfigError(f"model={parts.config.model_name}: {error}") from error
 
@@ -265,6 +274,7 @@ def build_callbacks(config: Config, spec: TaskSpec, folder: Path | None) -> list
     callbacks: list[Callback] = [
         NonFiniteGuard(),
         Throughput(spec.unit),
+        BackendProof(warn=lambda t: say(f"warning: {t}")),
         PrimaryTracker(f"{split}/{name}", direction, best, patience=config.run.patience),
     ]
     if config.run.norm_stats:

@@ -9,7 +9,9 @@ no task writes a collective. Nothing here knows a domain.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from suite.backends import Row
 from suite.data import DataInfo, Split, SuiteDataModule, batches_done
 from suite.errors import ConfigError, DataError
 from suite.norms import calibrate, check_compatible, norm_modules
@@ -63,6 +66,8 @@ class SuiteModule(L.LightningModule):
     the loss to about 1 before the exact rescaling. steps_per_epoch: optimizer steps of an epoch.
     padded: whether training batches may hold rows that are not valid.
     folder: where a task may leave files beside the result; None where nothing is written.
+    backends: what the norms compute with. saving: a context for the forward pass of training, which
+    decides what is kept for the backward (norm.recompute).
     sharding: how `model`, then without values, is cut over the processes; None: it is whole.
     """
 
@@ -93,6 +98,8 @@ class SuiteModule(L.LightningModule):
         self.batch: Batch | None = None
         self.folder: Path | None = None
         self.sharding: Sharding | None = None
+        self.backends: Counter[Row] = Counter()
+        self.saving: AbstractContextManager[Any] = nullcontext()
         self._step_count: Number = 0
         self._grad_norm: Tensor | None = None
         self._lr = 0.0
@@ -180,7 +187,8 @@ class SuiteModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self.batch = batch
-        out = self.step(batch, "train")
+        with self.saving:
+            out = self.step(batch, "train")
         self.window.add(out)
         count = out.count.detach() if isinstance(out.count, Tensor) else out.count
         self._step_count = self._step_count + count

@@ -26,23 +26,22 @@ import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from suite.benches.peers import check_settings, reference_of, settle_seconds
 from suite.build import build_parts, build_trainer, quiet
-from suite.config import Config, check_devices
-from suite.data import Splits
-from suite.errors import ConfigError, DataError, DivergedError
+from suite.config import Config
+from suite.errors import DataError, DivergedError
 from suite.metrics import hardware, peak_memory, versions
 from suite.module import Batch, SuiteModule
 from suite.optim import build_optimizer
-from suite.registry import load_task, task_names
-from suite.steptime import PILOT, ROUND_SECONDS, SLICE_SECONDS, cut, now
+from suite.steptime import PILOT, ROUND_SECONDS, SLICE_SECONDS, clip, cut, now
 from suite.train import say
 
 WARMUP = 3
@@ -50,39 +49,9 @@ PEAK_STEPS = 2
 TOLERANCE = 1e-3  # of the two losses, in float32
 RATE = 1e-9  # of learning
 MIB = 2**20
-PRECISIONS = ("32-true", "bf16-mixed")
 
 SideName = Literal["ours", "theirs"]
 SIDES: tuple[SideName, ...] = ("ours", "theirs")
-
-
-class Reference(Protocol):
-    """The field's own implementation of a task's step, as `TaskSpec.reference()` returns it.
-
-    name: with its version. notes: what the two sides do differently, a line each.
-    """
-
-    name: str
-    notes: Sequence[str]
-
-    def settle(self, config: Config) -> Config:
-        """With everything off that the reference has not. Raises ConfigError where it cannot be."""
-
-    def batch(self, splits: Splits, *, rows: int, seconds: float) -> Batch:
-        """A batch of the task's own data, on the CPU. Raises ConfigError if there is too little."""
-
-    def build(self, config: Config) -> nn.Module:
-        """Its network at the sizes of `config`, in training mode."""
-
-    def share(self, model: nn.Module, module: SuiteModule) -> None:
-        """Give the suite's module the weights of the reference."""
-
-    def loss(self, model: nn.Module, module: SuiteModule, batch: Batch) -> Callable[[], Tensor]:
-        """What computes its mean loss, without holding on to `module`; what a collator would make
-        is made here, once, as `module` draws it."""
-
-    def same_noise(self, module: SuiteModule, batch: Batch) -> AbstractContextManager[None]:
-        """While it lasts, the reference draws its noise as `module` does for `batch`."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +74,7 @@ class Comparison:
     name: str
     notes: Sequence[str]
     rows: int
-    seconds: float
+    seconds: float | None
     losses: tuple[float, float]
     added: dict[SideName, int]
     rounds: list[Round]
@@ -149,7 +118,8 @@ class Comparison:
         d = self.to_dict()
         ratio, memory = d["ratio"], d["memory"]
         where = f"cpu, {d['threads']} threads" if self.device == "cpu" else self.device
-        what = f"{d['task']} {d['model']} {d['norm']}, {self.rows} x {self.seconds:g} s"
+        length = "" if self.seconds is None else f" x {self.seconds:g} s"
+        what = f"{d['task']} {d['model']} {d['norm']}, {self.rows}{length or ' examples'}"
         rounds = f"{len(self.rounds)} rounds of {self.steps} steps"
         ours, theirs = (f"{memory[f'{s}_bytes'] / MIB:.0f} MiB" for s in SIDES)
         lines = [
@@ -174,8 +144,8 @@ def memory_text(device: str) -> str:
     return f"peak {kind} of {PEAK_STEPS} steps in a process of its own, over that before the first"
 
 
-def measure(config: Config, *, rounds: int, rows: int, seconds: float) -> Comparison:
-    """Compare losses, memory and time; rows and seconds are the batch's.
+def measure(config: Config, *, rounds: int, rows: int, seconds: float | None) -> Comparison:
+    """Compare losses, memory and time; rows and seconds are the batch's, None the usual length.
 
     Raises ConfigError for what cannot be compared, DivergedError if the two losses differ.
     """
@@ -183,6 +153,7 @@ def measure(config: Config, *, rounds: int, rows: int, seconds: float) -> Compar
     reference = reference_of(config.task_name)
     check_settings(config)
     config = reference.settle(config)
+    seconds = settle_seconds(seconds, reference=reference, task=config.task_name)
     device = device_of(config)
     pair = Pair(config, rows=rows, seconds=seconds)
     losses = pair.losses()
@@ -203,47 +174,6 @@ def measure(config: Config, *, rounds: int, rows: int, seconds: float) -> Compar
         found.append(done)
     name, notes = reference.name, reference.notes
     return Comparison(config, name, notes, rows, seconds, losses, added, found, steps, str(device))
-
-
-def reference_of(task: str) -> Reference:
-    """What the task is compared with. Raises ConfigError if it names nothing."""
-    make = load_task(task).reference
-    if make is None:
-        have = [n for n in task_names() if load_task(n).reference is not None]
-        raise ConfigError(
-            f"task={task}: names no implementation that suite.bench reference could compare with; "
-            f"choose task={' or task='.join(have)}"
-        )
-    found: Reference = make()
-    return found
-
-
-def check_settings(config: Config) -> None:
-    """Raise ConfigError for what a plain loop over one batch does not do."""
-    trainer = config.trainer
-    check_devices(config)
-    refused = {
-        "trainer.devices": trainer.devices not in (1, "1"),
-        "trainer.num_nodes": trainer.num_nodes != 1,
-        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches != 1,
-        "trainer.strategy": trainer.strategy != "auto",
-        "trainer.gradient_clip_val": trainer.gradient_clip_val is not None,
-        "optim.ema_decay": config.optim.ema_decay is not None,
-        "optim.layer_decay": config.optim.layer_decay is not None,
-        "run.compile": config.run.compile is not False,
-        "model.init_from": config.model.init_from is not None,
-        "evaluate": config.evaluate is not None,
-    }
-    for key, wrong in refused.items():
-        if wrong:
-            raise ConfigError(
-                f"{key}: the plain loops of suite.bench reference have no such thing; leave it out"
-            )
-    if trainer.precision not in PRECISIONS:
-        raise ConfigError(
-            f"trainer.precision={trainer.precision}: suite.bench reference takes "
-            f"{' or '.join(PRECISIONS)}"
-        )
 
 
 def check_losses(ours: float, theirs: float, *, name: str) -> None:
@@ -269,6 +199,7 @@ class Side:
         self.model, self.loss = model, loss
         self.device = next(model.parameters()).device
         self.half = config.trainer.precision == "bf16-mixed"
+        self.config = config
         fused = config.optim.fused
         fused = self.device.type == "cuda" if fused is None else fused
         self.optimizer = build_optimizer(model, config.optim, fused=fused)
@@ -281,6 +212,7 @@ class Side:
         with torch.autocast(self.device.type, torch.bfloat16) if self.half else nullcontext():
             loss = self.loss()
         loss.backward()
+        clip(self.model, self.config)
         self.optimizer.step()
 
     def seconds(self, steps: int) -> float:
@@ -294,7 +226,7 @@ class Side:
 class Pair:
     """The suite's module and the reference with the same weights and batch, at first on the CPU."""
 
-    def __init__(self, config: Config, *, rows: int, seconds: float) -> None:
+    def __init__(self, config: Config, *, rows: int, seconds: float | None) -> None:
         self.config, self.reference = config, reference_of(config.task_name)
         parts = build_parts(config, processes=1)
         self.module = parts.module.train()
@@ -345,24 +277,26 @@ class Pair:
 
 def our_loss(module: SuiteModule, batch: Batch) -> Tensor:
     """The mean that a training step of the suite minimises."""
-    out = module.step(batch, "train")
+    with module.saving:
+        out = module.step(batch, "train")
     return out.loss_sum / out.count
 
 
-def alone(side: SideName, config: Config, *, rows: int, seconds: float) -> int:
+def alone(side: SideName, config: Config, *, rows: int, seconds: float | None) -> int:
     """Bytes that steps of one side add, in a fresh process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
             return pool.submit(added_by, side, config, rows, seconds).result()
         except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError):
+            size = "" if seconds is None else f" seconds={seconds:g}"
             raise DataError(
-                f"rows={rows} seconds={seconds:g}: the process that measures the memory of "
-                f"{side} was ended, most likely for want of memory; take fewer rows or seconds"
+                f"rows={rows}{size}: the process that measures the memory of {side} was ended, "
+                f"most likely for want of memory; take fewer rows{' or seconds' * bool(size)}"
             ) from None
 
 
-def added_by(side: SideName, config: Config, rows: int, seconds: float) -> int:
+def added_by(side: SideName, config: Config, rows: int, seconds: float | None) -> int:
     """Bytes that steps of one side add to what this process holds before the first of them."""
     quiet()
     pair = Pair(config, rows=rows, seconds=seconds)

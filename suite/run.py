@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import lightning as L
 
+from suite.backends import BackendProof, backend_lines
 from suite.build import (
     Parts,
     audit_line,
@@ -112,6 +113,7 @@ class Record:
             "loss": {"train": parts.module.train_loss, "val": tracker.metrics.get("val/loss")},
             "parameters": parameters,
             "norm_parameters": of_norms,
+            "norm_backend": find(trainer, BackendProof).summary(),
             "norm_swaps": swap_rows(*(swapped(parts) or ([], []))),
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
@@ -265,6 +267,8 @@ def introduce(parts: Parts, trainer: L.Trainer, folder: Path | None) -> None:
     say(f"task   {config.task_name}   seed {config.seed}")
     say(f"model  {config.model_name}, {count:,} parameters ({of_norms:,} in norms)")
     say(f"norms  {audit_line(parts)}")
+    for line in backend_lines(parts.module.backends):
+        say(f"       {line}")
     if swaps := swapped(parts):
         say("\n".join(f"       {line}" for line in swap_table(*swaps).splitlines()))
     say(f"data   {info.name}, {sizes} examples{', SYNTHETIC' if info.synthetic else ''}")

@@ -36,7 +36,7 @@ from typing import Any
 import rich
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
 from suite.build import Parts, build_callbacks, build_parts, build_trainer, quiet
 from suite.callbacks import ProgressLines, SuiteProgressBar
@@ -85,7 +85,7 @@ class StepTimes:
         """Plain values for JSON."""
         c, ratios = self.config, [r.ratio for r in self.rounds]
         return {
-            "bench": "step",
+            "bench": "overhead",
             "task": c.task_name,
             "model": c.model_name,
             "data": c.data_name,
@@ -179,11 +179,11 @@ def check_single(config: Config) -> None:
     for key, wrong in refused.items():
         if wrong:
             raise ConfigError(
-                f"{key}: the plain loop of suite.bench step has no such thing; leave it out"
+                f"{key}: the plain loop of suite.bench overhead has no such thing; leave it out"
             )
     if trainer.precision not in precisions:
         raise ConfigError(
-            f"trainer.precision={trainer.precision}: suite.bench step takes "
+            f"trainer.precision={trainer.precision}: suite.bench overhead takes "
             f"{' or '.join(precisions)}"
         )
 
@@ -343,7 +343,7 @@ class Pair:
                 out = module.step(batch, "train")
                 loss = out.loss_sum / out.count
             loss.backward()
-            clip(module, config)
+            clip(module.model, config)
             optimizer.step()
             scheduler.step()
             yield
@@ -358,14 +358,14 @@ class Pair:
         return max(apart(value, plain[name]) for name, value in ours.items())
 
 
-def clip(module: SuiteModule, config: Config) -> None:
+def clip(model: nn.Module, config: Config) -> None:
     """Gradient clipping as trainer.* asks for it."""
     limit = config.trainer.gradient_clip_val
     if limit is None:
         return
     by_value = config.trainer.gradient_clip_algorithm == "value"
     how = torch.nn.utils.clip_grad_value_ if by_value else torch.nn.utils.clip_grad_norm_
-    how(module.model.parameters(), limit)
+    how(model.parameters(), limit)
 
 
 def at_terminal(callback: Callback, null: Any) -> Callback:

@@ -17,6 +17,7 @@ NAMES = (
 BENCHES = {
     "scan": ("tasks.dna.scan_bench", "the selective scan of Caduceus against other formulas"),
     "longconv": ("tasks.dna.longconv_bench", "HyenaDNA's long convolution against other ones"),
+    "llama": ("tasks.language.llama_bench", "the DyT paper's efficiency table, for every norm"),
 }
 """Commands of `python -m suite.bench` that only a domain knows: the module whose run(argv) returns
 an exit code, and a line of help."""

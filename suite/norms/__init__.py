@@ -16,6 +16,7 @@ from suite.norms.options import (
     GroupNormOptions,
     NormOptions,
     PointwiseOptions,
+    RowOptions,
     StatisticsOptions,
 )
 from suite.norms.pointwise import PointwiseNorm
@@ -35,6 +36,7 @@ __all__ = [
     "PointwiseNorm",
     "PointwiseOptions",
     "Replaced",
+    "RowOptions",
     "Site",
     "StatisticsOptions",
     "calibrate",

@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from suite.norms.options import StatisticsOptions
+from suite.norms.options import RowOptions, StatisticsOptions
 from suite.norms.sites import check_site, did_you_mean
 from suite.norms.table import NORMS, NormSpec
 
@@ -81,12 +81,23 @@ def _at_site(name: str, options: Any) -> NormFactory:
     """A by_site entry's factory: with these options if of the same type, else its defaults."""
     try:
         spec = _spec(name)
-        same = type(spec.options) is type(options)
-        return NormFactory(
-            name, spec=spec, options=replace(options, by_site={}) if same else spec.options
-        )
+        carried = _as_type(options, spec.options) or spec.options
+        return NormFactory(name, spec=spec, options=replace(carried, by_site={}))
     except ValueError as error:
         raise ValueError(f"by_site: {error}") from None
+
+
+def _as_type(options: Any, defaults: Any) -> Any:
+    """`options` as the type of `defaults`; None if they are of another kind.
+
+    RowOptions are StatisticsOptions with a backend, and either stands in for the other.
+    """
+    if type(options) is type(defaults):
+        return options
+    if {type(options), type(defaults)} != {RowOptions, StatisticsOptions}:
+        return None
+    common = [f.name for f in fields(StatisticsOptions)]
+    return replace(defaults, **{name: getattr(options, name) for name in common})
 
 
 def make_norm(name: str, options: Any = None) -> NormFactory:
@@ -98,9 +109,9 @@ def make_norm(name: str, options: Any = None) -> NormFactory:
     nearest), an import that fails, or options of another norm.
     """
     spec = _spec(name)
-    chosen = spec.options if options is None else options
-    if type(chosen) is not type(spec.options):
-        wanted, got = type(spec.options).__name__, type(chosen).__name__
+    chosen = spec.options if options is None else _as_type(options, spec.options)
+    if chosen is None:
+        wanted, got = type(spec.options).__name__, type(options).__name__
         raise ValueError(f"norm {name!r} takes options of type {wanted}, got {got}")
     return NormFactory(name, spec=spec, options=chosen)
 

@@ -15,7 +15,7 @@ from suite.norms.sites import check_site
 
 CALIBRATED = "calibrated"
 Alpha = Literal["scalar", "channel", "none"]
-Backend = Literal["auto", "eager", "compile"]
+Backend = Literal["auto", "eager", "compile", "triton", "cpp"]
 
 
 def _positive(value: object) -> bool:
@@ -63,6 +63,18 @@ class StatisticsOptions(NormOptions):
 
 
 @dataclass(frozen=True)
+class RowOptions(StatisticsOptions):
+    """Of norms with kernels over a row. backend: "auto" and "eager" (torch's), "compile"
+    (torch.compile of this layer alone), "triton" or "cpp" (suite.norms.kernels)."""
+
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_literal("backend", self.backend, Backend)
+
+
+@dataclass(frozen=True)
 class BatchNormOptions(StatisticsOptions):
     """sync: statistics over all ranks (needs GPUs). momentum: the newest batch's weight."""
 
@@ -98,8 +110,11 @@ class PointwiseOptions(NormOptions):
     shift: whether there is a learned shift inside f; None is what the norm was published with (Derf
     has one).
     weight, bias: learned scale and offset; None keeps what the model passes.
-    backend: "auto" (the best that is there), "eager" (plain torch) or "compile" (torch.compile of
-    this layer alone).
+    backend: "auto" (the best that needs no building: triton on CUDA, else plain torch), "eager"
+    (plain torch), "compile" (torch.compile of this layer alone), "triton" or "cpp" (the kernels of
+    suite.norms.kernels).
+    recompute: in training the outputs are computed again in the backward instead of kept
+    (suite.norms.recompute): less memory, more work.
     """
 
     alpha_init: float | int | str = (
@@ -112,6 +127,7 @@ class PointwiseOptions(NormOptions):
     weight: bool | None = None
     bias: bool | None = None
     backend: Backend = "auto"
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

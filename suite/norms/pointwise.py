@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from suite.norms.functions import FUNCTIONS, Function
-from suite.norms.kernels import choose_backend
+from suite.norms.kernels import KERNELS, Family
+from suite.norms.kernels.chosen import Chosen
+from suite.norms.kernels.ops import pointwise
 from suite.norms.options import CALIBRATED
 
 SATURATED = 0.95  # of sup |f|
@@ -53,13 +55,15 @@ def _compiled_formula() -> Callable[..., Tensor]:
     return torch.compile(_formula)
 
 
-class PointwiseNorm(nn.Module):
+class PointwiseNorm(Chosen, nn.Module):
     """y = weight * f(alpha * x + shift) + bias for x [..., C], or [B, C, ...] with channels_first.
 
     function: a key of FUNCTIONS. alpha: "scalar", "channel" or "none". alpha_init: a positive
     number, or "calibrated", which leaves 1 there until `suite.norms.calibrate` has seen a batch.
+    backend: what runs, see suite.norms.kernels.
     """
 
+    family: Family = "pointwise"
     alpha: Tensor | None
     shift: Tensor | None
     weight: Tensor | None
@@ -84,7 +88,7 @@ class PointwiseNorm(nn.Module):
         self.dim, self.function, self.channels_first = dim, function, channels_first
         self.f = row.plain if row.plain is not None and backend == "eager" else row.forward
         self.supremum = row.supremum
-        self.fused = choose_backend(backend, torch.get_default_device()) == "compile"
+        self.requested = backend
         self.to_calibrate = alpha_init == CALIBRATED
         self.calibrate_target = calibrate_target
         self.alpha_init = 1.0 if self.to_calibrate else float(alpha_init)
@@ -112,9 +116,12 @@ class PointwiseNorm(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """x [..., C] or [B, C, ...] -> the same shape and dtype. `mask` makes no difference."""
         parameters = (self.alpha, self.shift, self.weight, self.bias)
+        backend = self.backend_for(x)
+        if backend in KERNELS:
+            layout = {"function": self.function, "channels_first": self.channels_first}
+            return pointwise(x, *parameters, **layout, backend=backend)  # type: ignore[arg-type]
         alpha, shift, weight, bias = (self._along_channels(p, x) for p in parameters)
-        alone = self.fused and not torch.compiler.is_compiling()
-        formula = _compiled_formula() if alone else _formula
+        formula = _compiled_formula() if backend == "compile" else _formula
         return formula(x, alpha, shift, weight, bias, self.f)
 
     @torch.no_grad()

@@ -13,12 +13,18 @@ ignore it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from suite.norms.kernels import KERNELS, Family
+from suite.norms.kernels.chosen import Chosen
+from suite.norms.kernels.ops import rows
 
 
 def _compute_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
@@ -94,37 +100,74 @@ class _StatisticsNorm(nn.Module):
         return f"{self.dim}, eps={self.eps}, channels_first={self.channels_first}"
 
 
-class LayerNorm(_StatisticsNorm):
-    """(x - mean) / sqrt(var + eps) over the channels of each position (arXiv 1607.06450)."""
+class _RowNorm(Chosen, _StatisticsNorm):
+    """A norm over the channels of each position, which has kernels of ours besides torch's.
+
+    backend: what runs, see suite.norms.kernels. kind: its kernel's name.
+    """
+
+    family: Family = "rows"
+    kind: str
+
+    def __init__(self, dim: int, *, backend: str = "auto", **layout: Any) -> None:
+        super().__init__(dim, **layout)
+        self.requested = backend
+
+    def formula(self, x: Tensor) -> Tensor:
+        """x with its channels last -> the same shape, in the dtype of the statistics."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        z, backend = self._last(x), self.backend_for(x)
+        if backend in KERNELS:
+            y = rows(z, self.weight, self.bias, kind=self.kind, eps=self.eps, backend=backend)
+        else:
+            cls: Any = type(self)
+            y = _compiled(cls)(self, z) if backend == "compile" else self.formula(z)
+        return self._restore(y).to(x.dtype)
+
+
+@cache
+def _compiled(cls: Any) -> Callable[[_RowNorm, Tensor], Tensor]:
+    """One compiled function for all layers of a class, so that modules stay picklable."""
+    return torch.compile(cls.formula)
+
+
+class LayerNorm(_RowNorm):
+    """(x - mean) / sqrt(var + eps) over the channels of each position (arXiv 1607.06450)."""
+
+    kind = "layer"
+
+    def formula(self, x: Tensor) -> Tensor:
+        """See _RowNorm."""
         dtype = _compute_dtype(x, self.weight, self.bias)
         weight, bias = _cast(self.weight, dtype), _cast(self.bias, dtype)
-        z = F.layer_norm(self._last(x).to(dtype), (self.dim,), weight, bias, self.eps)
-        return self._restore(z).to(x.dtype)
+        return F.layer_norm(x.to(dtype), (self.dim,), weight, bias, self.eps)
 
 
-class RMSNorm(_StatisticsNorm):
+class RMSNorm(_RowNorm):
     """x / sqrt(mean x^2 + eps) over the channels of each position (arXiv 1910.07467).
 
     No bias unless it is asked for.
     """
 
     published_bias = False
+    kind = "rms"
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def formula(self, x: Tensor) -> Tensor:
+        """See _RowNorm."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        z = F.rms_norm(self._last(x).to(dtype), (self.dim,), _cast(self.weight, dtype), self.eps)
-        if self.bias is not None:
-            z = z + self.bias
-        return self._restore(z).to(x.dtype)
+        y = F.rms_norm(x.to(dtype), (self.dim,), _cast(self.weight, dtype), self.eps)
+        return y if self.bias is None else y + self.bias
 
 
-class ScaleNorm(RMSNorm):
+class ScaleNorm(_StatisticsNorm):
     """weight * sqrt(C) x / |x| with one learned scalar (arXiv 1910.05895), eps as in RMSNorm.
 
     No bias unless it is asked for.
     """
+
+    published_bias = False
 
     def _scales(self) -> int:
         return 1

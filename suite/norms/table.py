@@ -19,6 +19,7 @@ from suite.norms.options import (
     GroupNormOptions,
     NormOptions,
     PointwiseOptions,
+    RowOptions,
     StatisticsOptions,
 )
 from suite.norms.pointwise import PointwiseNorm
@@ -105,11 +106,13 @@ def _point(function: str) -> Callable[..., nn.Module]:
     return partial(_pointwise, function)
 
 
-_STATISTICS, _POINTWISE = StatisticsOptions(), PointwiseOptions()
+_STATISTICS, _ROWS, _POINTWISE = StatisticsOptions(), RowOptions(), PointwiseOptions()
 
 NORMS: dict[str, NormSpec] = {
-    "layernorm": NormSpec(_stat(S.LayerNorm), _STATISTICS, "mean and variance of each position"),
-    "rmsnorm": NormSpec(_stat(S.RMSNorm), _STATISTICS, "root mean square of each position"),
+    "layernorm": NormSpec(
+        _stat(S.LayerNorm, "backend"), _ROWS, "mean and variance of each position"
+    ),
+    "rmsnorm": NormSpec(_stat(S.RMSNorm, "backend"), _ROWS, "root mean square of each position"),
     "batchnorm": NormSpec(
         _stat(S.BatchNorm, "sync", "momentum"),
         BatchNormOptions(),

@@ -27,6 +27,7 @@ from suite.registry import TaskSpec
 from suite.train import say
 from tasks.language.generate import generate
 from tasks.language.models import MODELS
+from tasks.language.reference import LanguageReference
 from tasks.language.sets import DATA
 from tasks.language.tokens import IGNORE
 
@@ -169,4 +170,5 @@ SPEC = TaskSpec(
     unit="tokens",
     options=LMOptions(),
     outline_batch=outline_batch,
+    reference=LanguageReference,
 )

@@ -19,6 +19,7 @@ from suite.registry import TaskSpec
 from tasks.vision import convnext, timm_model, vit
 from tasks.vision.data import DATA
 from tasks.vision.loading import plain_loader
+from tasks.vision.reference import ClassifyReference
 from tasks.vision.vit import ViT, scale_embedding
 
 
@@ -113,4 +114,5 @@ SPEC = TaskSpec(
     unit="images",
     options=ClassifyOptions(),
     plain_loader=plain_loader,
+    reference=ClassifyReference,
 )

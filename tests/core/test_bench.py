@@ -75,27 +75,27 @@ def test_our_side_is_the_stack_that_a_run_has(pair: Any) -> None:
     pair.round([2], plain_first=False)
     assert {
         *("NonFiniteGuard", "Throughput", "PrimaryTracker", "NormStatistics", "SuiteProgressBar"),
-        *("ModelCheckpoint", "JsonlLogger", "TensorBoardLogger"),
+        *("ModelCheckpoint", "JsonlLogger", "TensorBoardLogger", "BackendProof"),
     } == set(pair.parts_on)
     assert rich.get_console() is console
     assert not isinstance(console.file, io.TextIOWrapper) or not console.file.closed
 
 
 def test_json_holds_every_round_and_what_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["step", *TINY, "steps=2", "--json"]) == 0
+    assert bench.main(["overhead", *TINY, "steps=2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     ratios = sorted(r["ours"] / r["plain"] for r in found["rounds"])
     assert len(ratios) == 5
     assert found["ratio"] == {"median": ratios[2], "min": ratios[0], "max": ratios[4]}
     assert min(found["ours_ms"], found["plain_ms"]) > 0
     assert found["weight_gap"] < 1e-5
-    assert (found["bench"], found["model"], found["norm"]) == ("step", "vit_fmnist", "dyt")
+    assert (found["bench"], found["model"], found["norm"]) == ("overhead", "vit_fmnist", "dyt")
     assert (found["steps"], found["log_every_n_steps"], found["batch_size"]) == (2, 2, 8)
     assert list(Path.cwd().iterdir()) == []
 
 
 def test_text_says_ratio_times_and_what_was_on(capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["step", *TINY, "steps=1", "norm=layernorm"]) == 0
+    assert bench.main(["overhead", *TINY, "steps=1", "norm=layernorm"]) == 0
     captured = capsys.readouterr()
     lines = {line.split()[0]: line for line in captured.out.splitlines()}
     assert list(lines) == ["step", "ours", "plain", "ratio", "with", "check"]
@@ -145,20 +145,20 @@ def test_both_sides_take_the_same_number_of_timed_steps() -> None:
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ([], "step"),
-        (["stepp"], "Did you mean command=step?"),
-        (["step", "rounds=4"], "rounds=4"),
-        (["step", "rounds=many"], "rounds=many"),
-        (["step", "steps=0"], "steps=0"),
-        (["step", "rounds=5", "rounds=6"], "twice"),
-        (["step", "--dry-run"], "dry-run"),
-        (["step", "norm=dytt"], "norm=dytt"),
-        (["step", "--steps=3"], "write steps=3"),
-        (["step", "trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches"),
-        (["step", "optim.ema_decay=0.9"], "optim.ema_decay"),
-        (["step", "trainer.precision=64-true"], "trainer.precision=64-true"),
-        (["step", "trainer.accelerator=cpu", "data.batch_size=5000"], "data.batch_size=5000"),
-        (["step", "trainer.accelerator=cpu", "steps=1000"], "steps=1000"),
+        ([], "overhead"),
+        (["overheadd"], "Did you mean command=overhead?"),
+        (["overhead", "rounds=4"], "rounds=4"),
+        (["overhead", "rounds=many"], "rounds=many"),
+        (["overhead", "steps=0"], "steps=0"),
+        (["overhead", "rounds=5", "rounds=6"], "twice"),
+        (["overhead", "--dry-run"], "dry-run"),
+        (["overhead", "norm=dytt"], "norm=dytt"),
+        (["overhead", "--steps=3"], "write steps=3"),
+        (["overhead", "trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches"),
+        (["overhead", "optim.ema_decay=0.9"], "optim.ema_decay"),
+        (["overhead", "trainer.precision=64-true"], "trainer.precision=64-true"),
+        (["overhead", "trainer.accelerator=cpu", "data.batch_size=5000"], "data.batch_size=5000"),
+        (["overhead", "trainer.accelerator=cpu", "steps=1000"], "steps=1000"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -172,7 +172,7 @@ def test_help_lists_the_commands_and_imports_nothing_heavy() -> None:
         "import sys; from suite import bench; code = bench.main(sys.argv[1:]); "
         "assert not {'torch', 'lightning', 'omegaconf'} & set(sys.modules); sys.exit(code)"
     )
-    for argv in (["--help"], ["step", "--help"]):
+    for argv in (["--help"], ["overhead", "--help"], ["step", "--help"]):
         done = subprocess.run(
             [sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False,
             cwd=Path(bench.__file__).parents[1],

@@ -118,7 +118,7 @@ def test_an_unknown_site_is_refused_with_the_nearest_name_and_the_list() -> None
 
 
 def test_options_of_another_norm_are_refused() -> None:
-    with pytest.raises(ValueError, match="'layernorm' takes options of type StatisticsOptions"):
+    with pytest.raises(ValueError, match="'layernorm' takes options of type RowOptions"):
         make_norm("layernorm", PointwiseOptions())
     with pytest.raises(ValueError, match="'identity' takes options of type NormOptions"):
         make_norm("identity", PointwiseOptions())
@@ -329,4 +329,5 @@ def test_the_package_imports_torch_and_itself_and_nothing_else_of_the_suite() ->
                 imported |= {alias.name for alias in node.names}
     assert "suite.norms.factory" in imported
     foreign = {name for name in imported if not name.startswith("suite.norms")}
-    assert {name.partition(".")[0] for name in foreign} - set(sys.stdlib_module_names) == {"torch"}
+    others = {name.partition(".")[0] for name in foreign} - set(sys.stdlib_module_names)
+    assert others == {"torch", "triton"}  # triton by its kernels alone, which nothing imports here

@@ -188,7 +188,7 @@ def test_a_process_that_is_ended_is_one_line(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("tokens", "said"),
     [
-        (["task=vision/classify"], "task=speech/pretrain"),
+        (["task=vision/mae"], "task=speech/pretrain"),
         (["rounds=4"], "rounds=4"),
         (["rows=0"], "rows=0"),
         (["seconds=0.1"], "seconds=0.1"),

@@ -1,0 +1,1 @@
+"""What suite.bench measures of norms: kernels, fusions, steps; and how a result is kept."""
