@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import lightning as L
@@ -35,6 +36,8 @@ def backends(model: nn.Module, device: torch.device, *, compiled: bool) -> Count
     here, where that is needed. Raises ConfigError for one that was asked for and cannot run.
     """
     found: Counter[Row] = Counter()
+    # a kernel is tried out on the process's own GPU, not on the first
+    here = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     for _, norm in norm_modules(model):
         name = str(norm.norm_name)
         if not isinstance(norm, Chosen):
@@ -43,7 +46,8 @@ def backends(model: nn.Module, device: torch.device, *, compiled: bool) -> Count
             found[name, "compile", "fused by torch.compile of the model"] += 1
         else:
             try:
-                choice = norm.choice(device.type)
+                with here:
+                    choice = norm.choice(device.type)
             except ValueError as error:
                 raise ConfigError(f"norm.{error}") from error
             found[name, choice.name, choice.why] += 1

@@ -111,6 +111,14 @@ def test_the_look_at_a_kernel_draws_none_of_the_runs_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@needs_cpp
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_look_at_a_kernel_works_in_an_evaluation(mode: Any) -> None:
+    with mode(), torch.autocast("cpu", torch.bfloat16):
+        assert disagreement("cpp", "cpu", family="pointwise") is None
+        assert disagreement("cpp", "cpu", family="rows") is None
+
+
 # -- layouts ----------------------------------------------------------------------------------
 
 

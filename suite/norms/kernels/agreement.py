@@ -27,7 +27,13 @@ def disagreement(backend: str, device_type: str, *, family: Family) -> str | Non
     """Why a kernel is not to be used on this device: what failed or differs. None: it agrees."""
     look = _pointwise if family == "pointwise" else _rows
     try:
-        with uncounted(), torch.random.fork_rng(devices=[]):
+        with (
+            uncounted(),
+            torch.random.fork_rng(devices=[]),
+            torch.inference_mode(mode=False),  # the first call of a layer may be an evaluation
+            torch.enable_grad(),
+            torch.autocast(device_type, enabled=False),
+        ):
             torch.manual_seed(0)
             for dtype in BOUNDS:
                 for what, error in look(backend, device_type, dtype=dtype).items():
