@@ -87,7 +87,7 @@ def jobs() -> list[Job]:
     little = ("shape=64x128", "rounds=3", "device=cpu")
     tiny = ("model=llama_tiny", "depth=1", "tokens=16", "passes=1", "rounds=1", "device=cpu")
     return [
-        Job("tests", gpu_tests(), gpu_tests(), 60, 300),
+        Job("tests", gpu_tests(), gpu_tests(), 120, 420),  # most of it builds kernels
         Job("norms", bench("norms", "--save"), bench("norms", *little, "--save"), 120, 420),
         Job(
             "llama",

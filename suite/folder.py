@@ -75,7 +75,8 @@ def resumed_checkpoint(config: Config) -> Path:
     """The checkpoint that run.resume means. Raises ConfigError if the config is another one."""
     checkpoint = find_checkpoint(config.run.resume, key="run.resume", prefer="last")
     places = ("data.root", "data.cache", "data.download", "data.num_workers")
-    free = ("run.", "trainer.", "evaluate", "recipe", *places)
+    means = ("norm.backend", "norm.recompute")  # of computing the same norm
+    free = ("run.", "trainer.", "evaluate", "recipe", *places, *means)
     # the position in the data is a number of micro-batches of an epoch's length
     fixed = ("trainer.accumulate_grad_batches", "trainer.limit_train_batches")
     differing = diff(read_resumable(checkpoint), to_dict(config))

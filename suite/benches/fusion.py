@@ -38,7 +38,7 @@ from suite.benches.fusion_sides import (
     note,
     of_norm,
 )
-from suite.benches.saved import header, header_lines, keep
+from suite.benches.saved import check_folder, header, header_lines, keep
 from suite.errors import ConfigError
 from suite.norms import NORMS, make_norm
 from suite.train import say
@@ -162,6 +162,8 @@ def run(argv: Sequence[str]) -> int:
         print(HELP)
         return 0
     setting = parse(argv)
+    if "--save" in argv:
+        check_folder(torch.device(setting.device))
     result = measure(setting)
     device, markdown = torch.device(setting.device), result.to_markdown()
     if "--json" in argv:
@@ -201,6 +203,8 @@ def parse(argv: Sequence[str]) -> Setting:
     if given["dtype"] not in DTYPES:
         raise ConfigError(f"dtype={given['dtype']}: must be one of {', '.join(DTYPES)}")
     dims = tuple(whole_number("dim", text, low=1) for text in given["dim"].split(","))
+    if len(set(dims)) < len(dims):
+        raise ConfigError(f"dim={given['dim']}: a width is given twice; leave one out")
     if wrong := [dim for dim in dims if dim >= HEAD_DIM and dim % (dim // HEAD_DIM)]:
         raise ConfigError(f"dim={wrong[0]}: must be a multiple of {HEAD_DIM}, the size of a head")
     compiled = "--compile" in argv or device == "cuda"

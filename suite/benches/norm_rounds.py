@@ -29,6 +29,7 @@ from suite.benches.norm_sides import Absent, Side, Work, build, exact, names
 
 SLICE_SECONDS = {"cpu": 0.01, "cuda": 0.005}  # what a turn lasts at least
 CACHES = 4  # input sets hold so many times the L2 cache
+MOST_SETS = 256  # an input of a few bytes would need millions to be past it
 
 Call = Callable[[int], object]  # with the number of an input set
 Start = Callable[[], Call]  # what is not timed comes before the first call
@@ -61,7 +62,8 @@ class Bench:
         self.order = random.Random(f"{rows} {dim} {dtype} {work}")
         outputs = 2 if work == "add" else 1
         one = rows * dim * SIZES[dtype]
-        sets = max(1, math.ceil(CACHES * l2_bytes(self.device) / (2 * outputs * one)))
+        past = math.ceil(CACHES * l2_bytes(self.device) / (2 * outputs * one))
+        sets = min(max(1, past), MOST_SETS)
         draw = torch.Generator(self.device).manual_seed(0)
 
         def drawn() -> Tensor:
@@ -89,8 +91,9 @@ class Bench:
             self.timed(which, ready)
         return self.result
 
-    def wanted(self, norm: str) -> list[Tensor] | None:
-        """Output and gradients of the first inputs in float64; None, with a note, if too large."""
+    def wanted(self, norm: str) -> dict[str, Tensor] | None:
+        """Output ("y") and gradients of the first inputs in float64; None, with a note, if too
+        large."""
         try:
             options = {"work": self.work, "dim": self.dim, "dtype": self.dtype}
             side = exact(norm, device=self.device, **options)  # type: ignore[arg-type]
@@ -98,13 +101,14 @@ class Bench:
             outputs = side.run(*leaves)
             given = [g.double() for g in self.gradients[0]]
             found = torch.autograd.grad(outputs, [*leaves, *side.parameters.values()], given)
-            return [outputs[0].detach(), found[0], *found[len(leaves) :]]
-        except (torch.OutOfMemoryError, MemoryError):
-            self.note(f"{norm}: float64 does not fit, so no error is known")
+            of = dict(zip(side.parameters, found[len(leaves) :], strict=True))
+            return {"y": outputs[0].detach(), "x": found[0], **of}
+        except (RuntimeError, MemoryError) as error:  # a CPU's allocator raises RuntimeError
+            self.note(f"{norm}: no error is known, float64 failed: {first_line(error)}")
             return None
 
     def weighed(
-        self, norm: str, kind: str, wanted: list[Tensor] | None
+        self, norm: str, kind: str, wanted: dict[str, Tensor] | None
     ) -> tuple[Side, Found] | None:
         """A side with its errors and bytes; None, with a note, if it cannot run."""
         try:
@@ -192,6 +196,8 @@ class Bench:
                 self.seconds(starts[key], self.result.sets)  # compiles what is left to compile
                 once = self.seconds(starts[key], self.result.sets)
             except Exception as error:
+                if isinstance(key, str):  # a reference: nothing can be said without it
+                    raise
                 self.note(f"{' '.join(key)} {which} failed: {first_line(error)}")
                 del starts[key]
                 continue
@@ -234,16 +240,17 @@ def errors(
     side: Side,
     outputs: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    wanted: list[Tensor] | None,
+    wanted: dict[str, Tensor] | None,
     inputs: int,
 ) -> dict[str, float]:
     """Of the output and of each gradient; see WHAT."""
     if wanted is None:
         return {}
-    y, exact_y = outputs[0].detach().double(), wanted[0]
+    y, exact_y = outputs[0].detach().double(), wanted["y"]
     found = {"y": float(((y - exact_y).abs() / (1 + exact_y.abs())).max())}
     got = dict(zip(["x", *side.parameters], [gradients[0], *gradients[inputs:]], strict=True))
-    for (name, gradient), true in zip(got.items(), wanted[1:], strict=True):
+    for name, gradient in got.items():
+        true = wanted[name]
         worst, largest = (gradient.double() - true).abs().max(), true.abs().max()
         found[name] = float(worst / largest) if largest > 0 else float(worst)
     return found

@@ -86,7 +86,7 @@ def build(
     norm: str, kind: str, *, work: Work, dim: int, dtype: torch.dtype, device: torch.device
 ) -> Side:
     """One side, ready to run. Raises Absent."""
-    module = _module(norm, kind, dim=dim, device=device, work=work)
+    module = _module(norm, kind, dim=dim, device=device)
     module = module.to(device=device, dtype=dtype)
     parameters = {RENAMED.get(name, name): p for name, p in module.named_parameters()}
     settle(parameters)
@@ -95,6 +95,8 @@ def build(
     if kind == "one-pass":
         return Side(norm, kind, partial(_one_pass, module, own_backend(device)), parameters)
     run = partial(_two_passes, module)
+    # one graph of add and norm: a layer with backend=compile gives its formula to it. backend=eager
+    # would not do: that keeps torch.tanh, which Inductor makes slow code of
     return Side(norm, kind, torch.compile(run) if kind == "compile" else run, parameters)
 
 
@@ -133,12 +135,10 @@ def own_backend(device: torch.device) -> str:
     return "triton" if device.type == "cuda" else "cpp"
 
 
-def _module(norm: str, kind: str, *, dim: int, device: torch.device, work: Work) -> nn.Module:
+def _module(norm: str, kind: str, *, dim: int, device: torch.device) -> nn.Module:
     if kind in ("eager", "compile", "ours", "one-pass"):
         own = {"ours": own_backend(device), "one-pass": own_backend(device)}
-        # torch.compile of add and norm together: the layer itself is plain
-        alone = "eager" if kind == "compile" and work == "add" else own.get(kind, kind)
-        return layer(norm, alone, dim=dim, device=device)
+        return layer(norm, own.get(kind, kind), dim=dim, device=device)
     if kind == "published" and norm in PUBLISHED:
         return Published(norm, dim)
     if kind == "torch" and norm in ROWS:

@@ -22,10 +22,10 @@ import torch
 from suite.bench import split_tokens, whole_number
 from suite.benches import saved
 from suite.benches.norm_figures import PASSES, SIZES, Goal, Table, goals, page
-from suite.benches.norm_rounds import Bench, Setting
+from suite.benches.norm_rounds import Bench, Setting, first_line
 from suite.benches.norm_sides import KINDS, MEASURED, own_backend
 from suite.benches.roofline import draw
-from suite.errors import ConfigError
+from suite.errors import ConfigError, DataError
 from suite.metrics import plain
 from suite.registry import check_choice
 from suite.train import say
@@ -83,7 +83,10 @@ def run(argv: Sequence[str]) -> int:
     if {"--help", "-h"} & set(argv):
         print(HELP)
         return 0
-    result = measure(parse(argv))
+    setting = parse(argv)
+    if "--save" in argv:
+        saved.check_folder(torch.device(setting.device))
+    result = measure(setting)
     if "--json" in argv:
         print(json.dumps(plain(result.to_dict()), indent=2))
     else:
@@ -112,12 +115,15 @@ def parse(argv: Sequence[str]) -> Setting:
         raise ConfigError(f"device={device}: must be cpu, or cuda where there is an NVIDIA GPU")
     shapes = listed("shape", own.get("shape", ",".join(SHAPES[device])))
     passes = listed("pass", own.get("pass", DEFAULT_PASSES[device]), PASSES)
+    kinds = listed("side", own.get("side", ",".join(KINDS)), KINDS)
+    if "side" in own and "one-pass" in kinds and "--add" not in argv:
+        raise ConfigError(f"side={own['side']}: one-pass is of --add; add it or leave one-pass out")
     return Setting(
         shapes=tuple(shape(text) for text in shapes),
         dtypes=listed("dtype", own.get("dtype", "float32,bfloat16"), SIZES),
         norms=listed("norm", own.get("norm", "dyt,derf,layernorm,rmsnorm"), MEASURED),
         passes=passes,  # type: ignore[arg-type]
-        kinds=listed("side", own.get("side", ",".join(KINDS)), KINDS),
+        kinds=kinds,
         works=("norm", "add") if "--add" in argv else ("norm",),
         rounds=whole_number("rounds", own.get("rounds", "5"), low=1),
         device=device,
@@ -156,9 +162,17 @@ def measure(setting: Setting) -> Result:
         for number, ((rows, dim), dtype, work) in enumerate(grid):
             torch._dynamo.reset()
             gc.collect()
-            table = Bench(setting, rows, dim, dtype, work, result.notes).table()
+            try:
+                table = Bench(setting, rows, dim, dtype, work, result.notes).table()
+            except (RuntimeError, MemoryError) as error:  # the others are to be measured
+                result.notes.append(f"{rows} x {dim} {dtype}, {work} failed: {first_line(error)}")
+                if len(grid) > 1:
+                    say(f"note: {result.notes[-1]}")
+                continue
             result.tables.append(table)
             say(f"{number + 1}/{len(grid)}: {table.title}, {work}")
+    if not result.tables:
+        raise DataError(f"nothing could be measured: {result.notes[-1]}")
     result.notes.append(f"ours is backend={own_backend(torch.device(setting.device))}")
     if setting.device == "cpu":
         result.notes.append("Liger, apex and QuACK need a GPU: left out")

@@ -83,6 +83,21 @@ def header_lines(header: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def check_folder(device: torch.device) -> None:
+    """Raise ConfigError where `keep` could not write: better before measuring than after it."""
+    folder = Path(FOLDER) / device_slug(device)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise _unwritable(folder, "not a folder" if not there.is_dir() else "no permission")
+
+
+def _unwritable(folder: Path, why: str | None) -> ConfigError:
+    return ConfigError(
+        f"--save: {shown(folder)} cannot be written ({why}); "
+        "run it in a folder that can, or leave --save out"
+    )
+
+
 def keep(
     name: str,
     *,
@@ -111,10 +126,7 @@ def keep(
         write_json(folder / f"{name}.json", {"command": command, "header": head, **result})
         _whole(folder / f"{name}.md", lambda path: _write(path, page))
     except OSError as error:
-        raise ConfigError(
-            f"--save: {shown(folder)} cannot be written ({error.strerror}); "
-            "run it in a folder that can, or leave --save out"
-        ) from None
+        raise _unwritable(folder, error.strerror) from None
     return folder
 
 

@@ -83,6 +83,13 @@ def run(argv: Sequence[str]) -> int:
     if seconds is not None and "--peer" not in argv:
         raise ConfigError("seconds: is the length of a peer's audio; add --peer or leave it out")
     cells = plan(rest)
+    if "--save" in argv:
+        from suite.benches.saved import check_folder
+        from suite.build import quiet
+        from suite.reference import device_of
+
+        quiet()
+        check_folder(device_of(cells[0].config))
 
     from suite.benches.step_grid import measure
 

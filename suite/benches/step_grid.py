@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -127,13 +128,14 @@ def start(
     loops: list[Loop] = []
     notes, failed = [], []
     for cell in cells:
+        gc.collect()  # what a cell that failed has left
         try:
-            loop = build_loop(cell, batch=batch, peer=peer)
-            warm_up(loop, steps=steps)
+            loop = ready_loop(cell, batch=batch, peer=peer, steps=steps)
         except Exception as error:  # whatever one cell fails of, the others are to be measured
-            failed.append(error)
+            failed.append(released(error))
             notes.append(f"left out: {cell.name}: {reason(error)}")
-            say(f"note: {notes[-1]}")
+            if not isinstance(error, (ConfigError, DataError)):
+                say(f"note: {notes[-1]}")  # a mistake is said with the result, or is all of it
             continue
         say(f"ready: {cell.name}, {1e3 * loop.seconds.pop():.1f} ms a step at first")
         loops.append(loop)
@@ -145,11 +147,25 @@ def start(
     raise DataError(f"no cell runs; the first, {cells[0].name}: {reason(failed[0])}")
 
 
+def released(error: Exception) -> Exception:
+    """Without the frames that it came through: they hold a model, and the memory that a cell has
+    run out of would lack the next ones too."""
+    error.__context__ = error.__cause__ = None
+    return error.with_traceback(None)
+
+
 def reason(error: Exception) -> str:
     """The first line that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     known = isinstance(error, (ConfigError, DataError))
     return lines[0] if known and lines else f"{type(error).__name__}: {(lines or [''])[0]}"
+
+
+def ready_loop(cell: Cell, *, batch: Batch, peer: Peer | None, steps: int | None) -> Loop:
+    """A cell that is built and warm. What is made for one that fails goes with this frame."""
+    loop = build_loop(cell, batch=batch, peer=peer)
+    warm_up(loop, steps=steps)
+    return loop
 
 
 def build_loop(cell: Cell, *, batch: Batch, peer: Peer | None) -> Loop:
@@ -249,13 +265,20 @@ def measure_memory(loops: Sequence[Loop], *, peer: Peer | None) -> list[str]:
         elif loop.cell.compile != EAGER:
             note = "memory: of compiled steps only on a GPU; on a CPU the compiler's would count"
             notes += [note] * (note not in notes)
-        elif loop.cell.peer is None:
-            loop.added = in_a_process(loop.cell, peer=peer)
         else:
-            assert peer is not None
-            rows = loop.cell.config.data.batch_size
-            loop.added = alone("theirs", loop.cell.config, rows=rows, seconds=peer.seconds)
+            try:
+                loop.added = added_alone(loop.cell, peer=peer)
+            except (DataError, BrokenProcessPool, RuntimeError, MemoryError) as error:
+                notes.append(f"memory: {loop.cell.name}: not known, {reason(error)}")
     return notes
+
+
+def added_alone(cell: Cell, *, peer: Peer | None) -> int:
+    """Bytes that steps of a cell add, in a process of its own."""
+    if cell.peer is None:
+        return in_a_process(cell, peer=peer)
+    assert peer is not None
+    return alone("theirs", cell.config, rows=cell.config.data.batch_size, seconds=peer.seconds)
 
 
 def added_on_device(side: Side) -> int:
@@ -346,7 +369,13 @@ def flops_of(module: SuiteModule, batch: Batch, *, units: float) -> float | None
     """
     if module.flops_per_unit is not None:
         return module.flops_per_unit * units
-    return counted_flops(module, batch) if module.device.type == "cuda" else None
+    if module.device.type != "cuda":
+        return None
+    try:
+        return counted_flops(module, batch)
+    except torch.OutOfMemoryError:  # float32, beside all cells: their times must not be lost
+        say("note: MFU is not known: counting a step's operations ran out of memory")
+        return None
 
 
 def counted_flops(module: SuiteModule, batch: Batch) -> float:

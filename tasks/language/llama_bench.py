@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from suite.bench import split_tokens, whole_number
-from suite.benches.saved import header, keep
+from suite.benches.saved import check_folder, header, keep
 from suite.errors import ConfigError
 from suite.memory import gib
 from suite.norms import NORMS
@@ -121,7 +121,10 @@ def run(argv: Sequence[str]) -> int:
     if {"--help", "-h"} & set(argv):
         print(HELP)
         return 0
-    result = measure(parse(argv))
+    setting = parse(argv)
+    if "--save" in argv:
+        check_folder(torch.device(setting.device))
+    result = measure(setting)
     print(json.dumps(result.to_dict(), indent=2) if "--json" in argv else text(result))
     if "--save" in argv:
         kept = [token for token in argv if token not in SWITCHES]
@@ -303,7 +306,7 @@ def timed(
             work = make(side, mode)
             seconds(work, 1, device)  # and what is compiled, is compiled
             once = seconds(work, 1, device)
-        except (RuntimeError, NotImplementedError, ValueError, OSError) as error:
+        except Exception as error:  # Triton's and a compiler's have no common class
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
             result.notes.append(f"{side.name} is left out of {part} {mode}: {reason}")
             continue

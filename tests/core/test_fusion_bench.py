@@ -11,7 +11,7 @@ import torch
 from suite import bench
 from suite.benches import fusion, fusion_sides
 from suite.benches.fusion import Found, Result, Setting
-from suite.benches.fusion_kernels import count_kernels
+from suite.benches.fusion_kernels import count_kernels, launched
 from suite.norms import PointwiseOptions, make_norm
 
 torch.set_num_threads(1)
@@ -27,6 +27,7 @@ SETTING = Setting(("dyt",), (32,), rows=6, rounds=2, device="cpu", dtype="float3
         ("norm=identity", "'identity' must be a norm"),
         ("dim=0", "dim=0: must be a whole number, 1 or more"),
         ("dim=100", "dim=100: must be a multiple of 32"),
+        ("dim=64,64", "dim=64,64: a width is given twice"),
         ("rows=x", "rows=x: must be a whole number"),
         ("rounds=0", "rounds=0: must be a whole number"),
         ("device=tpu", "device=tpu: must be cpu"),
@@ -96,6 +97,43 @@ def test_a_compiled_pointwise_norm_adds_no_loop_where_layernorm_needs_some() -> 
     bare = loops(make_norm("identity")(32, site="ffn"))
     assert loops(dyt) == bare == 2
     assert loops(layernorm) > bare
+
+
+def test_a_kernel_that_is_written_once_and_launched_twice_counts_twice() -> None:
+    code = """
+triton_poi_fused_add_0 = async_compile.triton('triton_poi_fused_add_0', \'\'\'
+def triton_poi_fused_add_0(in_ptr0, out_ptr0, xnumel, XBLOCK : tl.constexpr):
+\'\'\', device_str='cuda')
+cpp_fused_mul_1 = async_compile.cpp_pybinding(['float*'], r\'\'\'
+extern "C" void kernel(float* out_ptr0)
+\'\'\')
+def call(args):
+        triton_poi_fused_add_0.run(arg0_1, buf0, 64, stream=stream0)
+        triton_poi_fused_add_0.run(buf0, buf1, 64, stream=stream0)
+        cpp_fused_mul_1(buf1)
+"""
+    assert launched(code) == 3
+
+
+def test_a_side_that_fails_of_anything_is_noted_and_left_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class OutOfResourcesError(Exception):
+        """Triton's, which is no RuntimeError."""
+
+    def step(side: fusion_sides.Side, *_: object) -> None:
+        if side.name == "recompute":
+            raise OutOfResourcesError("shared memory")
+
+    monkeypatch.setattr(fusion_sides.Side, "step", step)
+    monkeypatch.setattr(fusion_sides, "no_kernel", lambda *_: "not asked for here")
+    monkeypatch.setattr(fusion_sides, "SLICE_SECONDS", 0.0)
+    notes: list[str] = []
+    found = fusion_sides.of_norm(SETTING, "vit", 32, "dyt", notes)
+    sides = [f.side for f in found]
+    assert "plain" in sides
+    assert "recompute" not in sides
+    assert "recompute, vit 32 dyt failed: shared memory" in notes
 
 
 def result(ratios: list[float], saved: int) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from suite.norms import PointwiseOptions, RowOptions, make_norm
 from suite.norms.functions import FUNCTIONS
-from suite.norms.kernels import choose_backend, cpp, launches
+from suite.norms.kernels import Choice, choose_backend, cpp, launches
 from suite.norms.kernels.agreement import disagreement
 from suite.norms.kernels.layout import layout_of
 from suite.norms.kernels.ops import pointwise, pointwise_add, rows, rows_add
@@ -79,11 +79,76 @@ def test_an_unknown_backend_is_refused_by_name() -> None:
 
 def test_without_a_compiler_cpp_is_plain_torch_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp, "available", lambda device_type: "no C++ compiler")
+    monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr("suite.norms.kernels.which", lambda name: None)
     found = choose_backend.__wrapped__("cpp", "cpu")
     assert (found.name, found.why) == ("eager", "no C++ compiler, nor for torch.compile")
     monkeypatch.setattr("suite.norms.kernels.which", lambda name: "/usr/bin/" + name)
     assert choose_backend.__wrapped__("cpp", "cpu").name == "compile"
+
+
+def test_a_cxx_that_torch_compile_could_not_start_leaves_plain_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent -O2")
+    found = choose_backend.__wrapped__("cpp", "cpu")
+    assert (found.name, found.why[:16]) == ("eager", "CXX=/nonexistent")
+    assert choose_backend.__wrapped__("compile", "cpu").name == "eager"
+
+
+def test_a_kernel_found_missing_is_not_taken_inside_torch_compile_either(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer, before = make_norm("dyt", PointwiseOptions(backend="cpp"))(8, site="attn"), launches()
+    monkeypatch.setattr("suite.norms.kernels.chosen._missing", set())
+    monkeypatch.setattr(
+        "suite.norms.kernels.chosen.choose_backend", lambda *a, **k: Choice("eager", "broken")
+    )
+    layer.choice("cpu")
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(torch.ones(2, 8)), torch.tanh(torch.full((2, 8), 0.5)))
+    assert launches() == before
+
+
+@needs_cpp
+@pytest.mark.parametrize("norm", ["dyt", "layernorm"])
+@pytest.mark.parametrize("how", ["last", "first", "channels_last"])
+def test_the_output_may_be_changed_in_place(norm: str, how: str) -> None:
+    options = (PointwiseOptions if norm == "dyt" else RowOptions)(backend="cpp")
+    layer = make_norm(norm, options)(6, site="attn", channels_first=how != "last")
+    data = torch.randn(2, 3, 6) if how == "last" else torch.randn(2, 6, 4, 4)
+    if how == "channels_last":
+        data = data.to(memory_format=torch.channels_last)
+    grads = []
+    for relu in (torch.relu, torch.relu_):
+        x = data.clone().requires_grad_()
+        relu(layer(x)).square().sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)  # type: ignore[arg-type]
+
+
+@needs_cpp
+@pytest.mark.parametrize("norm", ["dyt", "layernorm"])
+def test_transforms_of_torch_func_see_the_formula(norm: str) -> None:
+    options = (PointwiseOptions if norm == "dyt" else RowOptions)(backend="cpp")
+    layer, x = make_norm(norm, options)(6, site="attn"), torch.randn(4, 6)
+    torch.testing.assert_close(torch.vmap(layer)(x), layer(x))
+    leaf = x.clone().requires_grad_()
+    layer(leaf).square().sum().backward()
+    found = torch.func.grad(lambda z: layer(z).square().sum())(x)
+    torch.testing.assert_close(found, leaf.grad)
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(0, 6), (0, 6, 4, 4), (2, 6, 0), (0, 6, 0, 3)])
+def test_nothing_is_normed_to_nothing(shape: tuple[int, ...]) -> None:
+    options = PointwiseOptions(backend="cpp")
+    layer = make_norm("dyt", options)(6, site="attn", channels_first=True)
+    x = torch.empty(shape, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == shape
+    assert torch.equal(layer.weight.grad, torch.zeros(6))
 
 
 @needs_cpp
@@ -104,11 +169,16 @@ def test_a_kernel_that_computes_something_else_is_not_taken(
     assert found.startswith("its dyt output differs by")
 
 
-def test_the_look_at_a_kernel_draws_none_of_the_runs_random_numbers() -> None:
+def test_the_look_at_a_kernel_draws_none_of_the_runs_random_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reseeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded.append)
     torch.manual_seed(3)
     before = torch.get_rng_state()
     disagreement("cpp", "cpu", family="pointwise")
     assert torch.equal(torch.get_rng_state(), before)
+    assert reseeded == [3]  # a GPU's generator is the run's own too
 
 
 @needs_cpp

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -348,7 +351,15 @@ def test_a_compiler_that_fails_is_said_in_one_line(
     for _ in range(2):
         with pytest.raises(ValueError, match=r"build the C\+\+ kernels: fatal error: that$"):
             forward(draw(2, 4), [None] * 4, "dyt", 4)
-    assert list((tmp_path / "dyt-suite" / "kernels").iterdir()) == []
+    assert list(tmp_path.iterdir()) == [broken]
+
+
+def kept() -> Path:
+    """Where the library lies in the cache."""
+    command, folder = compiler.compiler(), compiler.folder()
+    assert command is not None
+    assert folder is not None
+    return folder / f"kernels-{compiler._key(command)}.so"
 
 
 @pytest.fixture(scope="module")
@@ -356,9 +367,7 @@ def built() -> bytes:
     """The library, as it lies in the cache after a build."""
     compiler.library.cache_clear()
     compiler.library()
-    command = compiler.compiler()
-    assert command is not None
-    return (compiler.folder() / f"kernels-{compiler._key(command)}.so").read_bytes()
+    return kept().read_bytes()
 
 
 @needs_compiler
@@ -367,12 +376,10 @@ def test_a_damaged_file_is_built_again(
     damage: str, built: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: None
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    command = compiler.compiler()
-    assert command is not None
-    kept = compiler.folder() / f"kernels-{compiler._key(command)}.so"
-    kept.parent.mkdir(parents=True)
+    path = kept()
+    path.parent.mkdir(parents=True, mode=0o700)
     wrong = {"cut": built[:9000], "changed": built[:500] + b"?" + built[501:], "empty": b""}
-    kept.write_bytes(wrong[damage])
+    path.write_bytes(wrong[damage])
     calls = []
 
     def pretend(command: list[str], out: Path) -> None:
@@ -382,21 +389,54 @@ def test_a_damaged_file_is_built_again(
     monkeypatch.setattr(compiler, "_compile", pretend)
     assert torch.equal(forward(torch.zeros(2, 4), [None] * 4, "dyt", 4), torch.zeros(2, 4))
     assert len(calls) == 1
-    assert kept.read_bytes() == built
-    assert list(kept.parent.iterdir()) == [kept]
+    assert path.read_bytes() == built
+    assert list(path.parent.iterdir()) == [path]
 
 
 @needs_compiler
-def test_a_folder_that_cannot_be_written_is_no_obstacle(
-    built: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: None
+@pytest.mark.parametrize("place", ["a file", "relative", "no home", "of all", "full"])
+def test_a_folder_that_cannot_be_used_is_no_obstacle(
+    place: str, built: bytes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh: None
 ) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("not a folder")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    monkeypatch.chdir(tmp_path)
+    where = tmp_path / "cache"
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache" if place == "relative" else str(where))
+    if place == "a file":
+        where.write_text("not a folder")
+    if place == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setattr(Path, "expanduser", no_home)
+    if place == "of all":  # somebody else's code is not loaded, whatever its digest
+        kept().parent.mkdir(parents=True)
+        kept().parent.chmod(0o777)
+        code = b"not a library"
+        kept().write_bytes(code + hashlib.sha256(code).digest())
+    if place == "full":
+        monkeypatch.setattr(shutil, "copyfile", disk_full)
     monkeypatch.setattr(
         compiler, "_compile", lambda command, out: out.write_bytes(built[: -compiler._DIGEST])
     )
     assert torch.equal(forward(torch.zeros(2, 4), [None] * 4, "dyt", 4), torch.zeros(2, 4))
+    if place == "relative":
+        assert not where.exists()
+    if place == "of all":
+        assert kept().read_bytes().startswith(code)
+    if place == "full":
+        assert list(kept().parent.iterdir()) == []
+
+
+def no_home(path: Path) -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def disk_full(*paths: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_quote_in_cxx_that_is_not_closed_is_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "'g++")
+    assert compiler.missing() == "CXX='g++ is not a program"
 
 
 def test_another_processor_gets_another_file(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,8 +471,8 @@ def test_two_processes_may_build_at_once(built: bytes, tmp_path: Path) -> None:
     for process in started:
         out, error = process.communicate(timeout=200)
         assert out == b"16\n", error.decode()
-    (kept,) = (tmp_path / "cache" / "dyt-suite" / "kernels").iterdir()
-    assert kept.read_bytes() == built
+    (only,) = (tmp_path / "cache" / "dyt-suite" / "kernels").iterdir()
+    assert only.read_bytes() == built
 
 
 @needs_compiler

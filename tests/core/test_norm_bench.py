@@ -14,7 +14,9 @@ import torch
 from suite.benches import norm_rounds, norm_sides, norms, roofline
 from suite.benches.norm_figures import BASELINE, Found, Goal, Table, goals, page
 from suite.benches.norm_rounds import Bench
-from suite.errors import ConfigError
+from suite.errors import ConfigError, DataError
+from suite.norms import kernels
+from suite.norms.functions import FUNCTIONS
 
 CPU = torch.device("cpu")
 TINY = ["shape=6x8,5x4", "dtype=float32", "norm=dyt,layernorm", "rounds=3", "device=cpu"]
@@ -39,6 +41,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("norm=dty", "Did you mean norm=dyt?"),
         ("pass=training", "pass=training: no such pass"),
         ("side=cuda", "side=cuda: no such side"),
+        ("side=one-pass", "side=one-pass: one-pass is of --add; add it or leave one-pass out"),
         ("rounds=0", "rounds=0: must be a whole number, 1 or more"),
         ("device=tpu", "device=tpu: must be cpu, or cuda"),
         ("--saved", "--saved: suite.bench norms takes shape=, dtype="),
@@ -195,6 +198,39 @@ def test_a_side_that_fails_or_is_not_there_is_noted_and_left_out(
     monkeypatch.setitem(sys.modules, "quack", None)
     with pytest.raises(norm_sides.Absent, match="quack-kernels is not installed"):
         norm_sides.build("rmsnorm", "quack", work="norm", dim=4, dtype=torch.float32, device=CPU)
+
+
+def test_a_shape_that_does_not_fit_is_noted_and_the_others_are_measured() -> None:
+    tokens = ["shape=99999999x99999999,4x4", "dtype=float32", "norm=dyt", "side=eager"]
+    found = norms.measure(norms.parse([*tokens, "rounds=1", "device=cpu"]))
+    assert [table.title for table in found.tables] == ["4 x 4 float32"]
+    assert found.notes[0].startswith("99999999 x 99999999 float32, norm failed: ")
+    with pytest.raises(DataError, match="nothing could be measured: 99999999"):
+        norms.measure(norms.parse([tokens[0].split(",")[0], *tokens[1:], "device=cpu"]))
+
+
+def test_input_sets_are_past_the_cache_but_not_without_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(norm_rounds, "l2_bytes", lambda device: 2**16)
+    inputs = Bench(setting_of(), 64, 32, "float32", "norm", [])
+    assert inputs.result.sets == 16  # 4 times 64 KiB, by 16 KiB of x and dy
+    assert inputs.result.working_set == 4 * 2**16
+    assert Bench(setting_of(), 1, 1, "float32", "norm", []).result.sets == norm_rounds.MOST_SETS
+
+
+def test_torch_compile_of_add_and_norm_has_the_formula_that_it_has_of_the_norm_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled: list[Any] = []
+    monkeypatch.setattr(norm_sides.torch, "compile", compiled.append)
+    monkeypatch.setattr(kernels, "which", lambda name: "/usr/bin/c++")
+    kernels.choose_backend.cache_clear()
+    norm_sides.build("dyt", "compile", work="add", dim=4, dtype=torch.float32, device=CPU)
+    kernels.choose_backend.cache_clear()
+    (layer,) = compiled[0].args
+    assert layer.requested == "compile"
+    assert layer.f is FUNCTIONS["dyt"].forward
 
 
 def test_all_sides_have_the_same_parameters_in_the_dtype_of_x() -> None:

@@ -108,6 +108,14 @@ def test_a_picture_that_fails_leaves_the_older_one_whole() -> None:
     assert [p.name for p in folder.iterdir() if p.name.startswith(".tmp")] == []
 
 
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_measured() -> None:
+    saved.check_folder(CPU)
+    assert not Path("benchmarks").exists()
+    Path("benchmarks").write_text("")
+    with pytest.raises(ConfigError, match=r"^--save: benchmarks.*not a folder.*leave --save out$"):
+        saved.check_folder(CPU)
+
+
 def test_a_folder_that_cannot_be_written_is_said_in_one_line() -> None:
     Path("benchmarks").write_text("a file")
     with pytest.raises(ConfigError, match=r"--save: benchmarks/.* cannot be written") as caught:

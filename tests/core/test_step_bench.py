@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,7 +179,36 @@ def test_a_cell_that_fails_is_left_out_with_a_note(monkeypatch: pytest.MonkeyPat
 def test_a_mistake_of_every_cell_is_the_mistake(capsys: pytest.CaptureFixture[str]) -> None:
     tokens = ["task=language/lm", "trainer.accelerator=cpu", "data.batch_size=2", "norm=batchnorm"]
     assert bench.main(["step", *tokens]) == 2
-    assert "look across positions" in capsys.readouterr().err.splitlines()[-1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "look across positions" in line
+
+
+def test_a_cell_that_fails_leaves_no_model_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[weakref.ref[Any]] = []
+
+    def no_memory(loop: Any, **_: Any) -> None:
+        held.append(weakref.ref(loop.side.model))
+        raise torch.OutOfMemoryError("out of memory") from ValueError("inside")
+
+    monkeypatch.setattr(step_grid, "warm_up", no_memory)
+    cells = plan([*TINY, "norm=layernorm,dyt"])
+    batch = step_grid.batch_of(cells[0].config, peer=None)
+    with pytest.raises(step_grid.DataError, match="no cell runs"):
+        step_grid.start(cells, batch=batch, peer=None, steps=1)
+    gc.collect()
+    assert len(held) == 2
+    assert [ref() for ref in held] == [None, None]
+
+
+def test_memory_that_cannot_be_measured_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(*_: Any, **__: Any) -> int:
+        raise step_grid.BrokenProcessPool("ended abruptly")
+
+    monkeypatch.setattr(step_grid, "added_alone", ended)
+    cells = plan([*TINY, "norm=layernorm"])
+    found = step_grid.measure(cells, rounds=2, steps=1, extras=["memory"])
+    assert found.cells[0].added is None
+    assert found.notes[-1].endswith("not known, BrokenProcessPool: ended abruptly")
 
 
 def test_cells_start_from_the_same_weights_and_batch() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from suite.norms import PointwiseOptions, make_norm
 from suite.norms.functions import FUNCTIONS
 from suite.norms.kernels import choose_backend, launches, ops
+from suite.norms.kernels.agreement import disagreement
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,6 +24,7 @@ pytestmark = [
 ]
 TRITON: dict[str, Any] = {"backend": "triton"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+WIDTHS = DTYPES[:2]  # float16 is built like bfloat16, and every width builds its own kernels
 KINDS = ["layer", "rms"]
 DIMS = [1, 7, 64, 96, 768, 1000, 1024, 4096, 8192, 9000, 16384, 20_000]
 
@@ -95,7 +97,7 @@ def test_every_pointwise_norm_is_its_formula(function: str, dtype: torch.dtype) 
     check_close(pointwise(function), formula(function), [x, *parameters])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", WIDTHS)
 @pytest.mark.parametrize("dim", DIMS)
 def test_a_pointwise_norm_takes_any_width(dim: int, dtype: torch.dtype) -> None:
     x, parameters = drawn(65, dim, dim=dim, dtype=dtype)
@@ -110,7 +112,7 @@ def test_channels_may_be_first(shape: tuple[int, ...], dtype: torch.dtype) -> No
     check_close(run, wanted, [x, *parameters])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", WIDTHS)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_statistics_norm_takes_any_width(kind: str, dim: int, dtype: torch.dtype) -> None:
@@ -145,6 +147,27 @@ def test_what_is_not_contiguous_or_empty_is_taken_too() -> None:
     for view in (x[::2], x[:, 1::3], x.transpose(0, 1), x[:0], x[..., None, :]):
         check_close(pointwise("dyt"), formula("dyt"), [view, *parameters])
         check_close(rows("layer"), statistics("layer"), [view, *parameters[2:]])
+
+
+@pytest.mark.parametrize("dim", [7, 768, 20_000])
+def test_tensors_and_parameters_may_begin_anywhere(dim: int) -> None:
+    x, parameters = drawn(20, dim, dim=dim, dtype=torch.bfloat16)
+    apart = x.new_zeros(x.numel() + 1)[1:].view(20, dim).copy_(x)  # 2 bytes off
+    slices = [torch.stack((p, p), 1)[:, 1] for p in parameters]  # every other number
+    for run, places in ((pointwise("dyt"), slice(0, 4)), (rows("layer"), slice(2, 4))):
+        found = graded(run, [apart, *slices[places]])
+        wanted = graded(run, [x, *parameters[places]])
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_the_look_at_a_kernel_leaves_the_gpus_random_numbers_alone() -> None:
+    torch.manual_seed(7)
+    before = torch.cuda.get_rng_state()
+    with torch.inference_mode():
+        assert disagreement("triton", "cuda", family="pointwise") is None
+        assert disagreement("triton", "cuda", family="rows") is None
+    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("dim", [128, 768, 4096, 20_000])

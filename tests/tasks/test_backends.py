@@ -84,6 +84,15 @@ def test_recompute_changes_no_bit_of_a_run() -> None:
     assert all(torch.equal(value, kept[name]) for name, value in weights("true").items())
 
 
+def test_a_run_goes_on_with_another_backend() -> None:
+    """What a norm is computed with is no other norm: a run may move to another machine."""
+    assert main([*SHORT, "norm=dyt", "norm.recompute=true", "run.dir=a"]) == 0
+    longer = [t if "max_epochs" not in t else "trainer.max_epochs=2" for t in SHORT]
+    assert main([*longer, "norm=dyt", "norm.backend=eager", "run.resume=a"]) == 0
+    assert result("a")["steps"] == 6
+    assert main([*longer, "norm=derf", "run.resume=a"]) == 2
+
+
 @pytest.mark.parametrize(
     ("tokens", "says"),
     [

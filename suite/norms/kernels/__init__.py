@@ -15,6 +15,8 @@ leaves a norm out cannot hide.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,8 +112,9 @@ def _automatic(device_type: str, family: Family) -> Choice:
 
 
 def _compiled(device_type: str, why: str) -> Choice:
-    """torch.compile, if what it needs is there."""
-    if device_type == "cpu" and not any(map(which, ("c++", "g++", "clang++", "cl"))):
+    """torch.compile, if what it needs is there: the compiler that Inductor would look for."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if device_type == "cpu" and which((os.environ.get("CXX", "").split() or [usual])[0]) is None:
         asked = why == "as asked"
         lacks = "no C++ compiler for torch.compile" if asked else f"{why}, nor for torch.compile"
         return Choice("eager", lacks)
@@ -122,7 +125,7 @@ def _cannot(backend: str, device_type: str, family: Family) -> str | None:
     """Why the kernels of a backend do not run on a device; None if they do, and agree."""
     try:
         reason: str | None = module_of(backend, family).available(device_type)
-    except ImportError as error:
+    except Exception as error:  # a Triton that is too old lacks names; another lacks its libraries
         return f"it cannot be imported: {error}"
     if reason is not None:
         return reason

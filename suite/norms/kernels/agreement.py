@@ -29,12 +29,10 @@ def disagreement(backend: str, device_type: str, *, family: Family) -> str | Non
     try:
         with (
             uncounted(),
-            torch.random.fork_rng(devices=[]),
             torch.inference_mode(mode=False),  # the first call of a layer may be an evaluation
             torch.enable_grad(),
             torch.autocast(device_type, enabled=False),
         ):
-            torch.manual_seed(0)
             for dtype in BOUNDS:
                 for what, error in look(backend, device_type, dtype=dtype).items():
                     if not error <= BOUNDS[dtype]:
@@ -53,10 +51,16 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _drawn(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """x, dy and four parameters: two scalars and two vectors, which begin near 1."""
-    x, dy = (torch.randn(SHAPE).to(device, dtype) for _ in range(2))
-    parameters = [1 + 0.1 * torch.randn(n) for n in (1, 1, SHAPE[1], SHAPE[1])]
-    return x, dy, [p.to(device) for p in parameters]
+    """x, dy and four parameters: two scalars and two vectors, which begin near 1.
+
+    By a generator of its own: torch.manual_seed would also reseed the GPUs of the run.
+    """
+    draw = torch.Generator().manual_seed(0)
+    x, dy, *rest = (
+        torch.randn(n, generator=draw, device="cpu", dtype=torch.float32)
+        for n in (SHAPE, SHAPE, 1, 1, SHAPE[1], SHAPE[1])
+    )
+    return x.to(device, dtype), dy.to(device, dtype), [(1 + 0.1 * p).to(device) for p in rest]
 
 
 def _pointwise(backend: str, device: str, *, dtype: torch.dtype) -> dict[str, float]:

@@ -5,7 +5,8 @@ and do not care which torch is installed. The library is kept under $XDG_CACHE_H
 dyt-suite/kernels. Its name holds a hash of the sources, the flags, the compiler and the processor:
 a home directory that is shared by a cluster never gives one node the code of another. It is
 written under a temporary name and renamed, so two processes may build at once, and ends with its
-own digest, so that a damaged file is found before it is loaded and built again.
+own digest, so that a damaged file is found before it is loaded and built again. Where nothing can
+be kept, or others could put a library of theirs, each process builds its own.
 """
 
 from __future__ import annotations
@@ -44,7 +45,10 @@ _DIGEST = hashlib.sha256().digest_size
 
 def compiler() -> list[str] | None:
     """The command of a C++ compiler: $CXX, which may have arguments, else one installed."""
-    asked = shlex.split(os.environ.get("CXX", ""))
+    try:
+        asked = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:  # a quote that is not closed
+        return None
     if asked:
         found = shutil.which(asked[0])
         return None if found is None else [found, *asked[1:]]
@@ -63,10 +67,13 @@ def missing() -> str | None:
     return f"CXX={asked} is not a program" if asked else f"no C++ compiler ({', '.join(COMPILERS)})"
 
 
-def folder() -> Path:
-    """Where built libraries are kept."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if base else Path("~/.cache").expanduser()
+def folder() -> Path | None:
+    """Where built libraries are kept; None for a user without a home, as in some containers."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    try:  # its standard has a relative one ignored
+        root = base if base.is_absolute() else Path("~/.cache").expanduser()
+    except RuntimeError:
+        return None
     return root / "dyt-suite" / "kernels"
 
 
@@ -79,30 +86,40 @@ def library() -> ctypes.CDLL:
     command = compiler()
     if command is None:
         raise ValueError(missing())
-    name = f"kernels-{_key(command)}.so"
-    with suppress(OSError, ValueError):
-        return _loaded(folder() / name)
+    where, name = folder(), f"kernels-{_key(command)}.so"
+    if where is not None:
+        with suppress(OSError, ValueError):
+            _check_private(where)
+            return _loaded(where / name)
     try:
-        return _build_in(folder(), name, command)
-    except OSError:  # read-only, full, or mounted without execution
         with tempfile.TemporaryDirectory(prefix="dyt-suite-") as temporary:
-            try:
-                return _build_in(Path(temporary), name, command)
-            except OSError as error:
-                raise ValueError(f"the C++ kernels could not be loaded: {_line(error)}") from None
+            fresh = Path(temporary) / name
+            _compile(command, fresh)
+            content = fresh.read_bytes()
+            with fresh.open("ab") as file:
+                file.write(hashlib.sha256(content).digest())
+            if where is not None:
+                with suppress(OSError):  # read-only, full, or mounted without execution
+                    return _loaded(_keep(fresh, where))
+            return _loaded(fresh)
+    except OSError as error:
+        raise ValueError(f"the C++ kernels could not be loaded: {_line(error)}") from None
 
 
-def _build_in(where: Path, name: str, command: list[str]) -> ctypes.CDLL:
-    """Build into a folder and load. OSError: the folder cannot be used. ValueError: no build."""
+def _keep(fresh: Path, where: Path) -> Path:
+    """Copy a library into the cache, whole or not at all. Raises OSError if that cannot be."""
     where.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _check_private(where)
     with tempfile.TemporaryDirectory(prefix="build-", dir=where) as temporary:
-        fresh = Path(temporary) / name
-        _compile(command, fresh)
-        content = fresh.read_bytes()
-        with fresh.open("ab") as file:
-            file.write(hashlib.sha256(content).digest())
-        fresh.replace(where / name)
-    return _loaded(where / name)
+        shutil.copyfile(fresh, Path(temporary) / fresh.name)
+        return (Path(temporary) / fresh.name).replace(where / fresh.name)
+
+
+def _check_private(where: Path) -> None:
+    """Raise OSError for a folder in which others can put code for this user to load."""
+    found = where.stat()
+    if os.name == "posix" and (found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o022):
+        raise PermissionError(f"others may write to {where}")
 
 
 def _loaded(path: Path) -> ctypes.CDLL:
@@ -122,6 +139,7 @@ def _compile(command: list[str], out: Path) -> None:
             subprocess.run(
                 [*command, *FLAGS, *extra, *sources, "-o", str(out)],
                 check=True,
+                stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -157,7 +175,12 @@ def _version(command: list[str]) -> str:
     """What the compiler says of itself. Raises ValueError if it does not run."""
     try:
         done = subprocess.run(
-            [*command, "--version"], capture_output=True, text=True, errors="replace", timeout=60
+            [*command, "--version"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"{command[0]} does not run: {_line(error)}") from None

@@ -190,6 +190,8 @@ def _float32(parameter: Tensor | None, *sizes: int) -> Tensor | None:
         return None
     if parameter.numel() not in sizes:
         raise ValueError(f"a parameter of {parameter.numel()} numbers where {sizes[-1]} are due")
+    if parameter.dtype == torch.float32 and parameter.is_contiguous():
+        return parameter
     return parameter.detach().to(torch.float32).contiguous()
 
 

@@ -31,7 +31,7 @@ def pointwise_forward(
     y, h = module_of(backend, "pointwise").pointwise_forward(
         layout.match(x),
         None if residual is None else layout.match(residual),
-        *parameters,
+        *map(_dense, parameters),
         function=function,
         dim=layout.dim,
         inner=layout.inner,
@@ -56,7 +56,7 @@ def pointwise_backward(
         layout.match(dy),
         None if dh is None else layout.match(dh),
         layout.match(h),
-        *parameters,
+        *map(_dense, parameters),
         function=function,
         dim=layout.dim,
         inner=layout.inner,
@@ -80,8 +80,8 @@ def rows_forward(
     y, h, stats = module_of(backend, "rows").rows_forward(
         _flat(x),
         None if residual is None else _flat(residual),
-        weight,
-        bias,
+        _dense(weight),
+        _dense(bias),
         kind=kind,
         eps=eps,
     )
@@ -107,8 +107,8 @@ def rows_backward(
         None if dh is None else _flat(dh),
         _flat(h),
         stats,
-        weight,
-        bias,
+        _dense(weight),
+        _dense(bias),
         kind=kind,
         needs=tuple(needs),
     )
@@ -117,6 +117,11 @@ def rows_backward(
         _as_parameter(dweight, weight),
         _as_parameter(dbias, bias),
     )
+
+
+def _dense(p: Tensor | None) -> Tensor | None:
+    """A parameter whose numbers lie side by side, as a kernel reads them; a slice may not."""
+    return None if p is None else p.contiguous()
 
 
 def _flat(x: Tensor) -> Tensor:

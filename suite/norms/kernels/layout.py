@@ -7,6 +7,7 @@ gaps or with shared elements (a slice, an expanded one) is copied first.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -53,4 +54,5 @@ def layout_of(x: Tensor, *, channels_first: bool) -> Layout:
             for d in order[order.index(at) + 1 :]:
                 inner *= x.shape[d]
             return Layout(order, dim, inner)
-    return Layout(None, dim, 1 if at == x.dim() - 1 else x[0, 0].numel())
+    # not .numel() of a shape, which makes torch.compile compile anew for every length
+    return Layout(None, dim, math.prod(x.shape[at + 1 :]))

@@ -6,6 +6,7 @@ give None, so a gradient that is not needed is an empty tensor here.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -119,7 +120,7 @@ ROWS = "Tensor? weight, Tensor? bias, str kind, float eps, str backend"
 
 
 def _stats_like(x: Tensor, kind: str) -> Tensor:
-    count = x.shape[:-1].numel()
+    count = math.prod(x.shape[:-1])  # .numel() of a shape would be a constant of the graph
     return x.new_empty(2 if kind == "layer" else 1, count, dtype=torch.float32)
 
 

@@ -135,6 +135,11 @@ def _check_same(x: Tensor, residual: Tensor) -> None:
         )
 
 
+def _own(z: Tensor) -> Tensor:
+    """z as no view: torch refuses nn.ReLU(inplace=True) on a view that a function has made."""
+    return z.detach() if z._is_view() else z
+
+
 def _first_order(backend: str) -> None:
     """Raise RuntimeError for a graph of the backward, which the kernels do not have."""
     if torch.is_grad_enabled():
@@ -151,6 +156,7 @@ class _Pointwise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> Any:
         parameters, ctx.settings = rest[:4], rest[4:]
         y, h = pointwise_forward(x, residual, parameters, settings=ctx.settings)
+        y, h = _own(y), None if h is None else _own(h)
         ctx.save_for_backward(x if h is None else h, *parameters)
         ctx.added = h is not None
         ctx.set_materialize_grads(False)
@@ -182,6 +188,7 @@ class _Rows(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, *rest: Any) -> Any:
         weight, bias, kind, eps, backend = rest
         y, h, stats = rows_forward(x, residual, weight, bias, settings=(kind, eps, backend))
+        y, h = _own(y), None if h is None else _own(h)
         ctx.save_for_backward(x if h is None else h, stats, weight, bias)
         ctx.settings, ctx.added = (kind, backend), h is not None
         ctx.set_materialize_grads(False)

@@ -198,7 +198,8 @@ void forward_any(const Loops<T>& direct, const Loops<float>& loops, const T* x, 
     narrow(found, y, n);
 }
 
-const float ZEROS[PANEL] = {};
+template <class T>
+const T ZEROS[PANEL] = {};
 
 // dh may be null.
 template <class T>
@@ -206,7 +207,7 @@ void backward_any(const Loops<T>& direct, const Loops<float>& loops, const T* dy
                   const T* h, T* dx, Panel& panel, int64_t n, float constant, Mode mode) {
     alignas(64) float wide[3][SPACE], aside[SPACE];
     float* found = place(dx, aside);
-    const T* extra = dh == nullptr ? reinterpret_cast<const T*>(ZEROS) : dh;
+    const T* extra = dh == nullptr ? ZEROS<T> : dh;
     if (direct.backward[mode] != nullptr) {
         direct.backward[mode](dy, extra, h, found, panel, n, constant);
     } else {

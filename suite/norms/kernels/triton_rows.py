@@ -34,6 +34,7 @@ WHOLE_FORWARD = 16384  # the longest row kept in registers
 WHOLE_BACKWARD = {4: 4096, 2: 8192}  # by bytes per element: two inputs, two sums, the row after
 LONG_TILE = 4096
 REDUCE_TILE = 8192
+MOST_WARPS = 16 if torch.version.hip else 32  # 1024 threads: AMD's warps are twice as wide
 WARPS_PER_SM = 16  # each with a row at work and the next on its way: past what the memory needs
 
 
@@ -53,7 +54,7 @@ def forward_plan(dim: int, itemsize: int) -> Plan:
     if N > WHOLE_FORWARD:
         return Plan(1, LONG_TILE, 8, True)
     R = max(1, 64 // itemsize * 32 // N)
-    return Plan(R, N, max(1, R * N * itemsize // 2048), False)
+    return Plan(R, N, min(MOST_WARPS, max(1, R * N * itemsize // 2048)), False)
 
 
 @functools.cache
@@ -75,6 +76,11 @@ def grid(rows: int, plan: Plan, sms: int, *, per_sm: int, least: int) -> tuple[i
     programs = min(tiles, sms * max(1, per_sm // plan.warps), max(sms, rows // least))
     steps = triton.cdiv(tiles, programs)
     return triton.cdiv(tiles, steps), steps
+
+
+def _registers(itemsize: int, warps: int) -> dict[str, int]:
+    """The limit of a thread's registers in the backward; an option of NVIDIA's compiler alone."""
+    return {"maxnreg": 128} if itemsize == 2 and warps > 1 and not torch.version.hip else {}
 
 
 def rows_forward(
@@ -144,7 +150,7 @@ def rows_backward(
             R=plan.R,
             N=plan.N,
             num_warps=plan.warps,
-            maxnreg=128 if h.element_size() == 2 and plan.warps > 1 else None,
+            **_registers(h.element_size(), plan.warps),
         )
         if any(sums):
             wanted = [x for x in out if x is not None]
