@@ -94,31 +94,43 @@ struct Panel {
     }
 };
 
+// What a norm has, from the usual to all that there may be: one alpha and no shift, one of each, or
+// alpha and shift of every channel and, in a backward, a gradient that arrives at h. What is absent
+// costs no loads and no sums.
+enum Mode { PLAIN, SHIFTED, FULL, MODES };
+
+inline Mode mode_of(const Parameters& p) {
+    if (p.alpha.count > 1 || p.shift.count > 1) return FULL;
+    return p.shift.values != nullptr ? SHIFTED : PLAIN;
+}
+
 template <class T>
 void add_run(const T* __restrict x, const T* __restrict other, T* __restrict sum, int64_t n) {
     for (int64_t i = 0; i < n; ++i) sum[i] = store<T>(load(x[i]) + load(other[i]));
 }
 
-template <class F, class T>
-void forward_run(const T* __restrict x, float* __restrict y, const Panel& p, int64_t n, float constant) {
+template <class F, class T, Mode MODE>
+void forward_run(const T* __restrict x, float* __restrict y, const Panel& p, int64_t n,
+                 float constant) {
+    const float alpha = p.alpha[0], shift = MODE == PLAIN ? 0.0f : p.shift[0];
     for (int64_t i = 0; i < n; ++i) {
-        const float f = F::at(p.alpha[i] * load(x[i]) + p.shift[i], constant).f;
-        y[i] = p.weight[i] * f + p.bias[i];
+        const float u = MODE == FULL ? p.alpha[i] * load(x[i]) + p.shift[i]
+                                     : alpha * load(x[i]) + shift;
+        y[i] = p.weight[i] * F::at(u, constant).f + p.bias[i];
     }
 }
-
-// What a backward has besides dy and x: a shift, and a gradient that arrives at h. What is absent
-// costs no loads and no sums.
-enum Mode { PLAIN, SHIFTED, FULL, MODES };
 
 template <class F, class T, Mode MODE>
 void backward_run(const T* __restrict dy, const T* __restrict dh, const T* __restrict h,
                   float* __restrict dx, Panel& p, int64_t n, float constant) {
+    const float one_alpha = p.alpha[0], one_shift = MODE == PLAIN ? 0.0f : p.shift[0];
     for (int64_t i = 0; i < n; ++i) {
-        const float x = load(h[i]), grad = load(dy[i]), shift = MODE == PLAIN ? 0.0f : p.shift[i];
-        const Value value = F::at(p.alpha[i] * x + shift, constant);
+        const float alpha = MODE == FULL ? p.alpha[i] : one_alpha;
+        const float shift = MODE == FULL ? p.shift[i] : one_shift;
+        const float x = load(h[i]), grad = load(dy[i]);
+        const Value value = F::at(alpha * x + shift, constant);
         const float inner = grad * p.weight[i] * value.slope;
-        dx[i] = inner * p.alpha[i] + (MODE == FULL ? load(dh[i]) : 0.0f);
+        dx[i] = inner * alpha + (MODE == FULL ? load(dh[i]) : 0.0f);
         p.sums[ALPHA][i] += inner * x;
         if (MODE != PLAIN) p.sums[SHIFT][i] += inner;
         p.sums[WEIGHT][i] += grad * value.f;
@@ -129,19 +141,19 @@ void backward_run(const T* __restrict dy, const T* __restrict dh, const T* __res
 // The code for one function: loops that read T and give float32. Null where there is none for T.
 template <class T>
 struct Loops {
-    void (*forward)(const T*, float*, const Panel&, int64_t, float) = nullptr;
+    void (*forward[MODES])(const T*, float*, const Panel&, int64_t, float) = {};
     void (*backward[MODES])(const T*, const T*, const T*, float*, Panel&, int64_t, float) = {};
 };
 
 template <class F, class T = float>
 constexpr Loops<T> loops_of() {
-    return {forward_run<F, T>,
+    return {{forward_run<F, T, FULL>, forward_run<F, T, FULL>, forward_run<F, T, FULL>},
             {backward_run<F, T, FULL>, backward_run<F, T, FULL>, backward_run<F, T, FULL>}};
 }
 
 template <class F, class T = float>
 constexpr Loops<T> fast_loops_of() {
-    return {forward_run<F, T>,
+    return {{forward_run<F, T, PLAIN>, forward_run<F, T, SHIFTED>, forward_run<F, T, FULL>},
             {backward_run<F, T, PLAIN>, backward_run<F, T, SHIFTED>, backward_run<F, T, FULL>}};
 }
 
@@ -186,14 +198,14 @@ float* place(float* x, float*) {
 
 template <class T>
 void forward_any(const Loops<T>& direct, const Loops<float>& loops, const T* x, T* y,
-                 const Panel& panel, int64_t n, float constant) {
+                 const Panel& panel, int64_t n, float constant, Mode mode) {
     alignas(64) float wide[SPACE], aside[SPACE];
     float* found = place(y, aside);
-    if (direct.forward != nullptr) {
-        direct.forward(x, found, panel, n, constant);
+    if (direct.forward[mode] != nullptr) {
+        direct.forward[mode](x, found, panel, n, constant);
     } else {
         widen(x, wide, n);
-        loops.forward(wide, found, panel, n, constant);
+        loops.forward[FULL](wide, found, panel, n, constant);
     }
     narrow(found, y, n);
 }
@@ -256,6 +268,7 @@ void forward(const Forward& job) {
     const int64_t panels = s.panels(), items = panels * s.chunks();
     const Loops<T> direct = direct_loops<T>(job.function);
     const Loops<float>& loops = FLOAT_LOOPS[job.function];
+    const Mode mode = mode_of(job.parameters);
     const T *x = static_cast<const T*>(job.x), *residual = static_cast<const T*>(job.residual);
     T *h = static_cast<T*>(job.h), *y = static_cast<T*>(job.y);
 #pragma omp parallel for schedule(static) num_threads(job.threads) if (job.threads > 1)
@@ -265,7 +278,7 @@ void forward(const Forward& job) {
         over_rows(s, panel, item / panels, [&](int64_t at, int64_t n) {
             if (residual != nullptr) add_run(x + at, residual + at, h + at, n);
             const T* from = residual != nullptr ? h : x;
-            forward_any(direct, loops, from + at, y + at, panel, n, job.constant);
+            forward_any(direct, loops, from + at, y + at, panel, n, job.constant, mode);
         });
     }
 }
@@ -279,7 +292,7 @@ void backward(const Backward& job) {
     const T *dy = static_cast<const T*>(job.dy), *dh = static_cast<const T*>(job.dh);
     const T* h = static_cast<const T*>(job.h);
     T* dx = static_cast<T*>(job.dx);
-    const Mode mode = dh != nullptr ? FULL : job.parameters.shift.values ? SHIFTED : PLAIN;
+    const Mode mode = dh != nullptr ? FULL : mode_of(job.parameters);
 #pragma omp parallel for schedule(static) num_threads(job.threads) if (job.threads > 1)
     for (int64_t item = 0; item < items; ++item) {
         Panel panel;
