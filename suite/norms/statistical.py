@@ -3,8 +3,8 @@
 Thin wraps of torch's functions that add what comparing norms across domains needs: one constructor,
 any layout ([B, T, C], [B, H, W, C], and with channels_first [B, C, T], [B, C, H, W]), padding, and
 one stated autocast policy: statistics in float32 (float64 stays float64), output in the input's
-dtype. Where parameters and input have the same 16-bit dtype torch's kernels are given them as they
-are, because those accumulate in float32 themselves.
+dtype. Where parameters and input have the same 16-bit dtype torch's kernels for CUDA are given them
+as they are, because those accumulate in float32 themselves.
 
 `mask` is True at valid positions and broadcasts over batch and positions from the left: [B] marks
 whole examples, [B, T] tokens, [B, H, W] pixels. Norms whose statistics stay within a position
@@ -28,9 +28,13 @@ from suite.norms.kernels.ops import rows
 
 
 def _compute_dtype(x: Tensor, *parameters: Tensor | None) -> torch.dtype:
-    """float32 or wider; x's own where all parameters share it (kernels accumulate in float32)."""
+    """float32 or wider; on a GPU x's own where all parameters share it.
+
+    torch's kernels accumulate in float32 there. On a CPU they sum the gradients of parameters in 16
+    bits, which over a few thousand rows is off by a tenth and more.
+    """
     present = [p.dtype for p in parameters if p is not None]
-    if present and all(dtype == x.dtype for dtype in present):
+    if x.device.type == "cuda" and present and all(dtype == x.dtype for dtype in present):
         return x.dtype
     return torch.promote_types(x.dtype, torch.float32)
 

@@ -354,3 +354,16 @@ def test_batchnorm_of_one_value_leaves_the_running_variance(masked: bool) -> Non
     assert torch.equal(norm.train()(x, mask), torch.zeros(1, 3, 1, 1))
     assert torch.equal(norm.running_var, torch.ones(3))
     torch.testing.assert_close(norm.running_mean, 0.1 * x.flatten())
+
+
+@pytest.mark.parametrize("name", ["layernorm", "rmsnorm", "groupnorm"])
+def test_gradients_of_sixteen_bit_parameters_are_summed_in_float32(name: str) -> None:
+    layer = make_norm(name)(16, site="attn")
+    x, dy = (torch.randn(4000, 16, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    layer(x.bfloat16()).backward(dy.bfloat16())
+    wanted = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    layer.zero_grad()
+    layer.bfloat16()(x.bfloat16()).backward(dy.bfloat16())
+    found = [p.grad.float() for p in layer.parameters() if p.grad is not None]
+    for a, b in zip(found, wanted, strict=True):
+        assert (a - b).abs().max() < 0.01 * b.abs().max()
