@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path("docs/performance.md")
+RATIOS = ("ratio_to_baseline", "ratio_to_peer")
 Json = dict[str, Any]
 LAYER_COLUMNS = (
     *(("dyt", "ours"), ("derf", "ours"), ("layernorm", "ours"), ("rmsnorm", "ours")),
@@ -40,8 +41,11 @@ brackets.
   is true against the formula, not against LayerNorm.
 - What only an element-wise norm allows is to **recompute its output**: `norm.recompute=true`
   trades time for bytes (below).
-- In whole training steps on a CPU the choice of norm is a few percent, and the kernels take most
-  of that away.
+- In whole training steps on a CPU, DyT and Derf written out cost more than LayerNorm, most in the
+  smallest model; the C++ kernels, or torch.compile of the whole model, take half of that away or
+  more. Differences of a few percent are this machine's noise.
+- On a CPU a kernel of ours is called through Python, which on small tensors is most of its time
+  (the first row of the first table).
 - **Nothing here was measured on a GPU yet.** `python scripts/measure_gpu.py` runs every check
   and benchmark there and saves them.
 """
@@ -149,14 +153,20 @@ def steps(results: list[Json]) -> list[str]:
     ]
     for result in results:
         rows = [
-            [c["peer"] or c["norm"], c["ran"] or "", c["precision"], f"{c['ms']['median']:.1f}"]
-            + [
-                "" if c[key] is None else spread(c[key])
-                for key in ("ratio_to_baseline", "ratio_to_peer")
+            [
+                c["peer"] or c["norm"],
+                c["ran"] or "",
+                "" if c["compile"] == "false" else c["compile"],
+                c["precision"],
+                f"{c['ms']['median']:.1f}",
+                *("" if c[key] is None else spread(c[key]) for key in RATIOS),
             ]
             for c in result["cells"]
         ]
-        named = ["norm", "backend", "precision", "ms a step", "of layernorm", "of the peer"]
+        named = [
+            *("norm", "backend", "run.compile", "precision"),
+            *("ms a step", "of layernorm", "of the peer"),
+        ]
         parts += [f"{result['task']}, {result['model']}:", command(result), table(named, rows)]
     return parts
 
