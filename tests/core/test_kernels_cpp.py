@@ -33,10 +33,10 @@ needs_compiler = pytest.mark.skipif(
 def fresh() -> Iterator[None]:
     """Forget the library of this process, before and after."""
     compiler.library.cache_clear()
-    cpp._checked.cache_clear()
+    cpp._found.cache_clear()
     yield
     compiler.library.cache_clear()
-    cpp._checked.cache_clear()
+    cpp._found.cache_clear()
 
 
 def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
