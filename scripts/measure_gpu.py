@@ -56,7 +56,7 @@ def bench(*words: str) -> tuple[str, ...]:
     return ("-m", "suite.bench", *words)
 
 
-def steps(name: str, *, full: str, small: str, takes: int = 90) -> Job:
+def steps(name: str, *, full: str, small: str, takes: int = 120) -> Job:
     """Training steps of one model. full, small: its tokens, as one text."""
     own = (*full.split(), *GRID, *ON_GPU, "--save")
     cut = (*small.split(), *SMALL_GRID)
@@ -64,8 +64,10 @@ def steps(name: str, *, full: str, small: str, takes: int = 90) -> Job:
 
 
 def gpu_tests() -> tuple[str, ...]:
-    """Without a cache folder: the checkout need not be writable."""
-    return ("-m", "pytest", str(ROOT / "tests" / "gpu"), "-p", "no:cacheprovider")
+    """Without a cache folder: the checkout need not be writable. In processes, as most of it builds
+    kernels (two minutes on 16 cores, with four builds beside it)."""
+    several = str(min(8, os.cpu_count() or 1))
+    return ("-m", "pytest", str(ROOT / "tests" / "gpu"), "-p", "no:cacheprovider", "-n", several)
 
 
 def image_tree(count: int) -> tuple[str, ...]:
@@ -87,7 +89,7 @@ def jobs() -> list[Job]:
     little = ("shape=64x128", "rounds=3", "device=cpu")
     tiny = ("model=llama_tiny", "depth=1", "tokens=16", "passes=1", "rounds=1", "device=cpu")
     return [
-        Job("tests", gpu_tests(), gpu_tests(), 120, 420),  # most of it builds kernels
+        Job("tests", gpu_tests(), gpu_tests(), 120, 420),
         Job("norms", bench("norms", "--save"), bench("norms", *little, "--save"), 120, 420),
         Job(
             "llama",
@@ -96,8 +98,15 @@ def jobs() -> list[Job]:
             180,
             420,
         ),
+        Job(
+            "norms-graph",  # the device's time alone
+            bench("norms", "--graph", "--save"),
+            bench("norms", *little),
+            120,
+            420,
+        ),
         Job("images", image_tree(600), image_tree(20), 10, 90, makes=IMAGES),
-        steps("step-vit_base", full=f"{photos} model=vit_base --peer", small=digits),
+        steps("step-vit_base", full=f"{photos} model=vit_base --peer", small=digits, takes=230),
         steps("step-llama_124m", full=f"{text} model=llama_124m --peer", small=lines),
         steps("step-hyenadna", full=f"{dna} model=hyenadna_tiny_1k", small=bases),
         Job(

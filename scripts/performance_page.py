@@ -15,12 +15,16 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGE = Path("docs/performance.md")
+NAMES = ("norms", "kernels", "fusion", "llama")
 RATIOS = ("ratio_to_baseline", "ratio_to_peer")
 Json = dict[str, Any]
 LAYER_COLUMNS = (
     *(("dyt", "ours"), ("derf", "ours"), ("layernorm", "ours"), ("rmsnorm", "ours")),
     *(("dyt", "compile"), ("rmsnorm", "compile"), ("dyt", "published"), ("derf", "published")),
+    ("dyt", "liger"),
 )
+MAPPED = (8192, 1024)  # in float32 exactly 32 MiB
+CACHED = 128 * 2**20  # bytes of two tensors below which an L2 helps a copy
 
 HEAD = """\
 # What a norm costs
@@ -44,26 +48,25 @@ brackets.
 - In whole training steps on a CPU, DyT and Derf written out cost more than LayerNorm, most in the
   smallest model; the C++ kernels, or torch.compile of the whole model, take half of that away or
   more. Differences of a few percent are this machine's noise.
-- On a CPU a kernel of ours is called through Python, which on small tensors is most of its time
-  (the first row of the first table).
-- **Nothing here was measured on a GPU yet.** `python scripts/measure_gpu.py` runs every check
-  and benchmark there and saves them.
+- A kernel of ours is called through Python, which on small tensors is most of its time on a CPU
+  (the first row of the first table) and at most sizes on a GPU: there, see *the device alone*.
 """
 
 GPU = """\
-## On a GPU
+## What a GPU has not shown yet
 
-Not yet measured on a GPU. The Triton kernels pass all tests in Triton's interpreter, compile for
-sm_80, sm_90 and sm_100 and load and store bf16 16 bytes at a time
-(`tests/core/test_kernels_triton.py`,
-`tests/core/test_kernels_rows.py`); `norm.backend=auto` compares them with the formula on the GPU
-before it takes them. What is asked of them (H100, bf16, more than the L2): 80 % of the copy's
-bandwidth forward from 4096 channels on, 65 % backward with all gradients of parameters, never
-slower than torch's LayerNorm, Derf within 1.15 of DyT.
+Not yet measured on a GPU: the paper's table, what may be fused, steps of the language, speech and
+DNA models, and the selective scan. `python scripts/measure_gpu.py` runs every check and benchmark
+there, the most valuable first, and saves them; what is done is not run again:
 
 ```bash
 python scripts/measure_gpu.py --minutes 25
 ```
+
+The Triton kernels pass all tests in Triton's interpreter and on an H100
+(`tests/gpu/test_gpu_kernels.py`), compile for sm_80, sm_90 and sm_100 and load and store bf16 16
+bytes at a time (`tests/core/test_kernels_triton.py`, `tests/core/test_kernels_rows.py`);
+`norm.backend=auto` compares them with the formula on the GPU before it takes them.
 """
 
 
@@ -86,21 +89,78 @@ def command(result: Json) -> str:
     return f"```bash\n{result['command']}\n```"
 
 
+def on_gpu(result: Json) -> bool:
+    return bool(result["header"]["cuda"])
+
+
+def layer_row(t: Json, columns: list[tuple[str, str]]) -> list[str]:
+    """One shape and dtype."""
+    by = {(f["norm"], f["kind"]): f for f in t["found"]}
+    cells = [
+        spread(by[side]["figures"]["train"]["to_layernorm"]) if side in by else "-"
+        for side in columns
+    ]
+    return [f"{t['rows']} x {t['dim']} {t['dtype']}", *cells]
+
+
+def layer_remarks(result: Json, tables: list[Json]) -> list[str]:
+    """What its figures need to be read rightly."""
+    if on_gpu(result):
+        return [
+            "**These are calls from Python, and at most of these sizes the host is the slower "
+            "one**: a backward crosses to autograd's thread and runs Python there, as it does for "
+            "every kernel that is written in Python (Liger's) and for a layer that is compiled by "
+            "itself, while torch's own norms are called from C++. Only 1000000 x 256 keeps the "
+            "device busy. A CUDA graph does not pay this, and in a large model the device is the "
+            "slower one anyway (ViT-B below). The device's own time is the next table."
+        ]
+    if any((t["rows"], t["dim"]) == MAPPED for t in tables):
+        return [
+            "8192 x 1024 in float32 is exactly 32 MiB, which the C library maps anew for every "
+            "output: there page faults are most of every side's time."
+        ]
+    return []
+
+
+def kernels(result: Json) -> list[str]:
+    """What the device takes, without the host."""
+    rows = []
+    sides = [f"{norm}, {kind}" for norm in ("dyt", "derf") for kind in ("ours",)]
+    sides += [f"{norm}, {kind}" for kind in ("ours", "torch") for norm in ("layernorm", "rmsnorm")]
+    for t in result["tables"]:
+        size = t["rows"] * t["dim"] * (2 if t["dtype"] == "bfloat16" else 4)
+        for which, bytes_to_copy in (("forward", 1.0), ("backward", 1.5)):
+            us = {side: found[f"{which}_us"] for side, found in t["sides"].items()}
+            of_copy = bytes_to_copy * t["copy_us"] / us["dyt, ours"]
+            cells = [f"{us[side]:.1f}" if side in us else "-" for side in sides]
+            cells.append(f"{of_copy:.0%}" if 2 * size >= CACHED else "-")
+            cells.append(f"{us['dyt, ours'] / us['layernorm, torch']:.2f}")
+            rows.append([f"{t['rows']} x {t['dim']} {t['dtype']}", which, *cells])
+    head = ["x", "pass", *sides, "dyt, of the copy's rate", "dyt to torch's layernorm"]
+    return [
+        "## One layer, the device alone",
+        f"Microseconds, backward with all gradients of parameters. {result['method']}",
+        command(result),
+        table(head, rows),
+        "What was asked of the kernels in bf16 is reached on the device, all of it but what was "
+        "asked against Liger's DyT, which was timed in calls alone (the goals above): 80 % of the "
+        "copy's bandwidth forward and 65 % backward from 4096 channels on, never slower than "
+        "torch's LayerNorm, Derf within 1.15 of DyT.",
+    ]
+
+
 def layers(result: Json) -> list[str]:
     """Forward and backward of one layer, as ratios to torch's LayerNorm; the goals; bytes."""
-    rows, kept, errors = [], {}, {}
-    for t in result["tables"]:
-        if t["work"] != "norm":
-            continue
-        by = {(f["norm"], f["kind"]): f for f in t["found"]}
-        cells = [
-            spread(by[side]["figures"]["train"]["to_layernorm"]) if side in by else "-"
-            for side in LAYER_COLUMNS
-        ]
-        rows.append([f"{t['rows']} x {t['dim']} {t['dtype']}", *cells])
-        for side, found in by.items():
-            kept.setdefault(side, {})[t["dtype"]] = found["saved"]
-            worst = max(e for name, e in found["errors"].items() if name != "y")
+    kept, errors = {}, {}
+    normed = [t for t in result["tables"] if t["work"] == "norm"]
+    there = {(f["norm"], f["kind"]) for t in normed for f in t["found"]}
+    columns = [side for side in LAYER_COLUMNS if side in there]
+    rows = [layer_row(t, columns) for t in normed]
+    for t in normed:
+        for f in t["found"]:
+            side = f["norm"], f["kind"]
+            kept.setdefault(side, {})[t["dtype"]] = f["saved"]
+            worst = max(e for name, e in f["errors"].items() if name != "y")
             of = errors.setdefault(side, {})
             of[t["dtype"]] = max(worst, of.get(t["dtype"], 0.0))
     goals = [
@@ -126,15 +186,15 @@ def layers(result: Json) -> list[str]:
         "LayerNorm; below 1 is faster. *Ours* is this package's kernel, *compile* torch.compile "
         "of the layer, *published* the papers' own module.",
         command(result),
-        table(["x", *(f"{norm}, {kind}" for norm, kind in LAYER_COLUMNS)], rows),
-        "8192 x 1024 in float32 is exactly 32 MiB, which the C library maps anew for every "
-        "output: there page faults are most of every side's time.",
+        table(["x", *(f"{norm}, {kind}" for norm, kind in columns)], rows),
+        *layer_remarks(result, normed),
         f"What was asked of the kernels, {met} of {len(result['goals'])} reached (all of the "
         "bytes kept are):",
         table(["what", "asked", "found", "reached"], goals),
         "Bytes an element that a forward keeps for its backward, x included; and the largest error "
-        "of a gradient (of x or of a parameter) against float64, relative to its largest value. "
-        "(torch's own LayerNorm sums the gradients of its parameters in bfloat16 on a CPU.)",
+        "of a gradient (of x or of a parameter) against float64, relative to its largest value."
+        + (" (torch's own LayerNorm sums the gradients of its parameters in bfloat16 on a CPU.)")
+        * (not on_gpu(result)),
         table(["norm", *(f"kept, {d}" for d in dtypes), *(f"error, {d}" for d in dtypes)], saved),
         "Errors against float64, microseconds, the rates of the copy and every round: "
         "`norms.md` and `norms.json` beside the picture.",
@@ -152,6 +212,7 @@ def steps(results: list[Json]) -> list[str]:
         "it was published with.",
     ]
     for result in results:
+        used = any(c["mfu"] for c in result["cells"])
         rows = [
             [
                 c["peer"] or c["norm"],
@@ -159,13 +220,15 @@ def steps(results: list[Json]) -> list[str]:
                 "" if c["compile"] == "false" else c["compile"],
                 c["precision"],
                 f"{c['ms']['median']:.1f}",
+                *([f"{c['examples_per_s']:,.0f}", f"{c['mfu']:.1%}"] if used else []),
                 *("" if c[key] is None else spread(c[key]) for key in RATIOS),
             ]
             for c in result["cells"]
         ]
         named = [
             *("norm", "backend", "run.compile", "precision"),
-            *("ms a step", "of layernorm", "of the peer"),
+            *("ms a step", *(("examples a second", "MFU") if used else ())),
+            *("of layernorm", "of the peer"),
         ]
         parts += [f"{result['task']}, {result['model']}:", command(result), table(named, rows)]
     return parts
@@ -236,11 +299,62 @@ def llama(result: Json) -> list[str]:
     ]
 
 
+def on_devices(folder: Path) -> str:
+    """What GPUs add to the short list."""
+    lines = []
+    for device in sorted(p for p in folder.glob("*") if p.is_dir()):
+        alone = read(device, "kernels")
+        for t in alone["tables"] if alone else []:
+            if (t["rows"], t["dim"], t["dtype"]) == (50432, 768, "bfloat16"):
+                us = {k: v["forward_us"] + v["backward_us"] for k, v in t["sides"].items()}
+                ratio = us["dyt, ours"] / us["layernorm, torch"]
+                lines.append(
+                    f"- On {alone['header']['device']} the device takes {us['dyt, ours']:.0f} us "
+                    f"for DyT's forward and backward at ViT-B's size in bf16, **{ratio:.2f} of "
+                    f"torch's LayerNorm**; but our LayerNorm takes {us['layernorm, ours']:.0f}: "
+                    "the gain is the kernel's, not the norm's."
+                )
+        step = read(device, "step-vision-classify-vit_base")
+        if step is not None:
+            lines.append(step_line(step) + compiled_line(read(device, "norms")))
+    return "\n".join([*lines, ""]) if lines else ""
+
+
+def step_line(result: Json) -> str:
+    """Whole steps, uncompiled and compiled, in a sentence."""
+    of: dict[tuple[str, str], float] = {
+        (c["norm"], c["compile"]): c["ratio_to_baseline"]["median"]
+        for c in result["cells"]
+        if not c["peer"]
+    }
+    return (
+        f"- A step of {result['model']} there takes {of['dyt', 'false']:.2f} (DyT) and "
+        f"{of['derf', 'false']:.2f} (Derf) of that with LayerNorm where nothing is compiled, and "
+        f"{of['dyt', 'default']:.2f} and {of['derf', 'default']:.2f} under torch.compile."
+    )
+
+
+def compiled_line(result: Json | None) -> str:
+    """A likely reason: the gradients of parameters as Inductor computes them."""
+    for t in result["tables"] if result else []:
+        if (t["rows"], t["dim"], t["dtype"]) == (1_000_000, 256, "bfloat16"):
+            us = {
+                f["norm"]: f["figures"]["backward"]["us"]["median"]
+                for f in t["found"]
+                if f["kind"] == "compile"
+            }
+            ratio = us["dyt"] / us["layernorm"]
+            return (
+                f" (There its backward of DyT takes {ratio:.1f} of LayerNorm's, at 1000000 x 256.)"
+            )
+    return ""
+
+
 def page(folder: Path) -> str:
     """All of it, from the results in `folder`."""
-    parts = [HEAD]
+    parts = [HEAD + on_devices(folder)]
     for device in sorted(p for p in folder.glob("*") if p.is_dir()):
-        results = {name: read(device, name) for name in ("norms", "fusion", "llama")}
+        results = {name: read(device, name) for name in NAMES}
         files = sorted(device.glob("step-*.json"))
         of_steps = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         known = [r for r in (*results.values(), *of_steps) if r is not None]
@@ -250,8 +364,8 @@ def page(folder: Path) -> str:
         said = ", ".join(f"{k} {v}" for k, v in head.items() if isinstance(v, str))
         picture = f"![achieved bandwidth](../benchmarks/{device.name}/norms-roofline.png)"
         parts.append(f"# {device.name}\n\n{said}.\n\n{picture}\n")
-        writers = {"norms": layers, "fusion": fusions, "llama": llama}
-        for name, write in writers.items():
+        writers = (layers, kernels, fusions, llama)
+        for name, write in zip(NAMES, writers, strict=True):
             result = results[name]
             if name == "fusion":
                 parts += ["\n\n".join(steps(of_steps)) + "\n"]

@@ -97,7 +97,9 @@ class Table:
         a, b = self.of(*one), self.of(*other)
         if a is None or b is None:
             return []
-        return [x / y for x, y in zip(a.us.get(which, ()), b.us.get(which, ()), strict=True)]
+        if which not in a.us or which not in b.us:
+            return []
+        return [x / y for x, y in zip(a.us[which], b.us[which], strict=True)]
 
     def figures(self, side: Found, which: Pass) -> dict[str, Any]:
         """What is derived of one side in one pass; lists hold a value a round."""

@@ -6,7 +6,8 @@ ratios are taken inside a round.
 CPU: one thread is timed in process time, which leaves out what neighbours take; more threads by the
 wall clock. One set of inputs, so that what fits in the last cache stays there, as the layer before
 would leave it. CUDA: events around the calls of a turn; input sets take turns, so that together
-they are past the L2 cache.
+they are past the L2 cache. Calls from Python are timed, or with `graph` replays of a CUDA graph of
+them: the device's time alone, where a call's own is longer than its kernels.
 
 A side that fails, or is not there, is left out with a note.
 """
@@ -17,6 +18,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,6 +31,7 @@ from suite.benches.norm_sides import Absent, Side, Work, build, exact, names
 
 SLICE_SECONDS = {"cpu": 0.01, "cuda": 0.005}  # what a turn lasts at least
 CACHES = 4  # input sets hold so many times the L2 cache
+GRAPH_CALLS = 8  # of a CUDA graph at least: a replay has a start of its own
 MOST_SETS = 256  # an input of a few bytes would need millions to be past it
 
 Call = Callable[[int], object]  # with the number of an input set
@@ -47,6 +50,7 @@ class Setting:
     works: tuple[Work, ...]
     rounds: int
     device: str
+    graph: bool = False
 
 
 class Bench:
@@ -69,13 +73,21 @@ class Bench:
         def drawn() -> Tensor:
             return torch.randn(rows, dim, generator=draw, device=self.device).to(self.dtype)
 
+        self.turn = sets * math.ceil(GRAPH_CALLS / sets) if setting.graph else sets
+        self.stream = torch.cuda.Stream() if setting.graph else None
+        self.pool = torch.cuda.graph_pool_handle() if setting.graph else None
         self.inputs = [[drawn().requires_grad_() for _ in range(outputs)] for _ in range(sets)]
         self.gradients = [[drawn() for _ in range(outputs)] for _ in range(sets)]
         self.into = torch.empty_like(self.gradients[0][0])
         self.result = Table(rows, dim, dtype, work, sets, sets * 2 * outputs * one)
 
     def table(self) -> Table:
-        """Everything."""
+        """Everything; for graphs on one stream, as the nodes of a leaf stay on their first."""
+        with nullcontext() if self.stream is None else torch.cuda.stream(self.stream):
+            return self.measured()
+
+    def measured(self) -> Table:
+        """All sides weighed, then all passes timed."""
         every = names(
             self.setting.norms, work=self.work, device=self.device.type, kinds=self.setting.kinds
         )
@@ -167,6 +179,26 @@ class Bench:
 
         return backward
 
+    def captured(self, start: Start) -> Start:
+        """A turn of calls as a CUDA graph, which the first of them replays. All graphs share their
+        memory: what they make is not looked at."""
+        call, sets, graph = start(), self.result.sets, torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        try:
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                for k in range(self.turn):
+                    call(k % sets)
+        except RuntimeError:
+            self.pool = torch.cuda.graph_pool_handle()  # the old one is left as it was
+            raise
+
+        def replay(k: int) -> object:
+            if k == 0:
+                graph.replay()
+            return call  # and with it what its backward has kept
+
+        return lambda: replay
+
     def references(self) -> dict[str, Start]:
         """What moves bytes and computes next to nothing, into memory that is there."""
         into, xs = self.into, [inputs[0].detach() for inputs in self.inputs]
@@ -194,7 +226,9 @@ class Bench:
         for key in list(starts):
             try:
                 self.seconds(starts[key], self.result.sets)  # compiles what is left to compile
-                once = self.seconds(starts[key], self.result.sets)
+                if self.setting.graph:
+                    starts[key] = self.captured(starts[key])
+                once = self.seconds(starts[key], self.turn)
             except Exception as error:
                 if isinstance(key, str):  # a reference: nothing can be said without it
                     raise
@@ -202,7 +236,7 @@ class Bench:
                 del starts[key]
                 continue
             turn = SLICE_SECONDS[self.device.type] / once
-            repeats[key] = self.result.sets * max(1, math.ceil(turn / self.result.sets))
+            repeats[key] = self.turn * max(1, math.ceil(turn / self.turn))
         times: dict[Any, list[float]] = {key: [] for key in starts}
         for _ in range(self.setting.rounds):
             for key in self.order.sample(list(starts), len(starts)):
@@ -215,20 +249,20 @@ class Bench:
 
     def seconds(self, start: Start, repeats: int) -> float:
         """Of one call, of `repeats` in a row over the input sets."""
-        call, sets = start(), self.result.sets
+        call, turn = start(), self.turn
         if self.device.type == "cuda":
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             torch.cuda.synchronize()
             events[0].record()
             for k in range(repeats):
-                call(k % sets)
+                call(k % turn)
             events[1].record()
             events[1].synchronize()
             return float(events[0].elapsed_time(events[1])) / 1e3 / repeats
         clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
         began = clock()
         for k in range(repeats):
-            call(k % sets)
+            call(k % turn)
         return max(clock() - began, 1e-9) / repeats  # a clock may stand still
 
     def note(self, text: str) -> None:

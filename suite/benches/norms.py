@@ -31,14 +31,15 @@ from suite.registry import check_choice
 from suite.train import say
 
 KEYS = ("shape", "dtype", "norm", "pass", "side", "rounds", "device")
-SWITCHES = ("--add", "--json", "--save")
+SWITCHES = ("--add", "--graph", "--json", "--save")
 SHAPES = {
     "cpu": ("6304x768", "8192x1024", "16384x256", "2048x4096"),
     "cuda": ("50432x768", "4375x768", "262144x128", "1000000x256", "8192x4096", "4096x4096"),
 }
 DEFAULT_PASSES = {"cpu": "forward,train", "cuda": "forward,backward,train"}
 WHAT = {
-    "us": "one call: median over the rounds; a round times `calls` of them together",
+    "us": "one call: median over the rounds; a round times `calls` of them together; with --graph "
+    "on the device alone",
     "to_floor": "time by that of the bytes that must move, at the rate of the pass's reference",
     "of_copy": "rate by that of y.copy_(x)",
     "saved": "bytes an element that autograd keeps, x among them, parameters not",
@@ -92,12 +93,13 @@ def run(argv: Sequence[str]) -> int:
     else:
         print("\n".join([*saved.header_lines(result.header), "", result.to_text()]))
     if "--save" in argv:
+        name = "norms-graph" if setting.graph else "norms"
         folder = saved.keep(
-            "norms",
+            name,
             device=torch.device(result.setting.device),
             result=result.to_dict(),
             markdown=result.to_text(),
-            pictures={"norms-roofline": partial(draw, result.tables)},
+            pictures={f"{name}-roofline": partial(draw, result.tables)},
             command=shlex.join(["python", "-m", "suite.bench", "norms", *argv]),
         )
         say(f"kept in {folder}")
@@ -113,6 +115,8 @@ def parse(argv: Sequence[str]) -> Setting:
     device = own.get("device", "cuda" if torch.cuda.is_available() else "cpu")
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise ConfigError(f"device={device}: must be cpu, or cuda where there is an NVIDIA GPU")
+    if "--graph" in argv and device != "cuda":
+        raise ConfigError("--graph: a CUDA graph needs device=cuda; leave it out on a CPU")
     shapes = listed("shape", own.get("shape", ",".join(SHAPES[device])))
     passes = listed("pass", own.get("pass", DEFAULT_PASSES[device]), PASSES)
     kinds = listed("side", own.get("side", ",".join(KINDS)), KINDS)
@@ -127,6 +131,7 @@ def parse(argv: Sequence[str]) -> Setting:
         works=("norm", "add") if "--add" in argv else ("norm",),
         rounds=whole_number("rounds", own.get("rounds", "5"), low=1),
         device=device,
+        graph="--graph" in argv,
     )
 
 
@@ -185,7 +190,7 @@ Time, memory and error of a norm layer however it is computed, against the speed
 
 usage: python -m suite.bench norms [shape=ROWSxCHANNELS,..] [dtype=float32,bfloat16] [norm=..]
                                    [pass=..] [side=..] [rounds=5] [device=cpu|cuda] [--add]
-                                   [--json] [--save]
+                                   [--graph] [--json] [--save]
 
 shape=..   inputs; left out: on a CPU {", ".join(SHAPES["cpu"])};
            on CUDA {", ".join(SHAPES["cuda"])}
@@ -197,8 +202,11 @@ side=..    which sides; torch's LayerNorm is always measured. A first run spends
 rounds=N   turns of each side; figures are medians over them
 device     cuda where there is an NVIDIA GPU, else cpu
 --add      also a residual add with the norm, in one pass and in two
+--graph    on CUDA, time replays of a CUDA graph: what the device takes, without what Python takes
+           to start it, which at small shapes is more
 --json     everything that was measured, as one JSON object
---save     keep JSON, Markdown and a picture in benchmarks/<device>/ of the current folder
+--save     keep JSON, Markdown and a picture in benchmarks/<device>/ of the current folder, named
+           norms, or with --graph norms-graph
 
 sides
 {chr(10).join(f"  {kind:<10} {text}" for kind, text in KINDS.items())}

@@ -258,7 +258,8 @@ def check_nan() -> None:
 
 def tile_of(elements: int) -> None:
     """Elements of a thread; larger tiles are fewer programs, and so faster to interpret."""
-    triton_pointwise.ELEMENTS = triton_pointwise.FORWARD_ELEMENTS = elements
+    for name in ("ELEMENTS", "FORWARD_ELEMENTS", "BACKWARD_ELEMENTS"):
+        setattr(triton_pointwise, name, elements)
     triton_pointwise.forward_plan.cache_clear()
     triton_pointwise.walk_plan.cache_clear()
 
@@ -299,7 +300,9 @@ def test_values_and_gradients_are_those_of_float64_in_the_interpreter() -> None:
     ]
 
 
-def compiled(kernel: Any, tensors: dict[str, str], constants: dict[str, Any]) -> Any:
+def compiled(
+    kernel: Any, tensors: dict[str, str], constants: dict[str, Any], **options: int
+) -> Any:
     """A kernel as the launcher would have it compiled for an H100: tensors at 16 bytes."""
     signature, attributes, fixed = {}, {}, {}
     for place, name in enumerate(kernel.arg_names):
@@ -312,7 +315,8 @@ def compiled(kernel: Any, tensors: dict[str, str], constants: dict[str, Any]) ->
             signature[name], fixed[name] = "constexpr", constants.get(name)
     source = triton.compiler.ASTSource(kernel, signature, constexprs=fixed, attrs=attributes)
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
-    return triton.compile(source, target=target, options={"num_warps": triton_pointwise.WARPS})
+    options["num_warps"] = triton_pointwise.WARPS
+    return triton.compile(source, target=target, options=options)
 
 
 SIZES = ("planes", "rows", "units", "blocks", "along", "steps", "groups")
@@ -348,7 +352,7 @@ def test_for_an_h100_the_forward_moves_16_bytes_at_a_time(function: str) -> None
 def test_for_an_h100_the_backward_has_no_barrier_in_its_loop_and_spills_nothing(
     tmp_path: Path,
 ) -> None:
-    walk = triton_pointwise.walk_plan(50432 * 768, 768, 1, 132)
+    walk = triton_pointwise.walk_plan(50432 * 768, 768, 1, 2, 132)
     kernel = compiled(
         triton_tiles.backward_kernel,
         {
@@ -362,6 +366,7 @@ def test_for_an_h100_the_backward_has_no_barrier_in_its_loop_and_spills_nothing(
             **dict.fromkeys(("DALPHA", "DSHIFT", "DWEIGHT", "DBIAS"), True),
             **walk.cut.flags,
         },
+        **triton_pointwise._registers(walk.programs),
     )
     ptx = re.sub(r"//.*", "", kernel.asm["ptx"]).splitlines()
     labels = {m[1]: n for n, line in enumerate(ptx) if (m := re.match(r"(\$L\w+):", line))}
@@ -374,7 +379,8 @@ def test_for_an_h100_the_backward_has_no_barrier_in_its_loop_and_spills_nothing(
     loop = "\n".join(ptx[first : last + 1])
     assert "ex2.approx" in loop
     assert not re.search(r"\bbar\.|barrier|shfl|atom|red\.", loop)
-    assert accesses(loop) == [16, 16, 16]  # h and dy of the next tile, dx of this one
+    reads = triton_pointwise.BACKWARD_ELEMENTS // 8
+    assert accesses(loop) == 3 * reads * [16]  # h and dy of the next tile, dx of this one
     assert not re.search(r"atom|red\.global", "\n".join(ptx))
     (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
     usage = subprocess.run(

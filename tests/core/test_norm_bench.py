@@ -69,6 +69,11 @@ def test_help_names_every_key_switch_and_side(capsys: pytest.CaptureFixture[str]
         assert word in text, word
 
 
+def test_a_graph_is_refused_on_a_cpu() -> None:
+    with pytest.raises(ConfigError, match="--graph: a CUDA graph needs device=cuda"):
+        norms.parse(["--graph", "device=cpu"])
+
+
 def test_defaults_hold_the_shapes_of_the_goals_on_a_cpu() -> None:
     setting = norms.parse(["device=cpu"])
     assert {(6304, 768), (8192, 1024), (16384, 256)} < set(setting.shapes)
@@ -265,6 +270,15 @@ def test_bytes_that_must_move_are_counted_by_hand() -> None:
     for which, count in expected.items():
         assert table.figures(side, which)["bytes"] == count  # type: ignore[arg-type]
     assert side.moved(100, 10, dtype="float32", work="add", which="train") == 4 * (8000 + 53)
+
+
+def test_a_pass_in_which_layernorm_has_failed_has_no_ratio_to_it() -> None:
+    table, side = hand()
+    table.found.append(Found("layernorm", "torch", {}))
+    table.found[-1].us = {"forward": [8.0]}
+    found = {which: table.figures(side, which)["to_layernorm"] for which in side.us}
+    assert found["forward"]["median"] == 0.5
+    assert found["backward"] is found["train"] is None
 
 
 def test_the_floor_is_the_bytes_at_the_rate_of_the_reference() -> None:

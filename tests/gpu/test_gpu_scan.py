@@ -1,6 +1,6 @@
 """The Triton kernel of the scan on a GPU, against the loop over positions in float64.
 
-Not yet run on a GPU. `tox -e gpu` runs them; without a GPU they are skipped.
+They pass on an H100 with torch 2.11.0. `tox -e gpu` runs them; without a GPU they are skipped.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ def graded(x: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
 
 
 def check_close(found: dict[str, Tensor], x: dict[str, Tensor], **options: Any) -> None:
-    """Against the loop in float64."""
+    """Against the loop in float64. Where nothing changes, as A with one position, the gradient is
+    what rounding leaves of 0."""
     exact = graded({k: v.double() for k, v in x.items()}, backend="reference", **options)
     bound = BOUNDS[x["u_BDL"].dtype]
     for name, wanted in exact.items():
-        error = (found[name].double() - wanted).abs().max() / wanted.abs().max()
-        assert error < bound, (name, float(error))
+        error = (found[name].double() - wanted).abs().max()
+        size = wanted.abs().max().clamp(min=1e-3)
+        assert error < bound * size, (name, float(error), float(size))
 
 
 @pytest.mark.parametrize("dtype", list(BOUNDS))

@@ -72,6 +72,7 @@ def choose_backend(requested: str, device_type: str, *, family: Family = "pointw
     )
 
 
+@cache
 def module_of(backend: str, family: Family) -> ModuleType:
     """The module of a backend's kernels, imported when it is first asked for."""
     return importlib.import_module(f"suite.norms.kernels.{_MODULES[backend, family]}")

@@ -8,13 +8,12 @@ gaps or with shared elements (a slice, an expanded one) is copied first.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """order: dimensions from the slowest in memory to the fastest, None for the usual order.
 
     dim: channels; inner: elements between two neighbouring channels.

@@ -7,7 +7,7 @@ programs each write a row of sums for dweight and dbias, and one that adds these
 There are no atomics, so the bits are the same every time on the same device.
 
 The sizes below come from the machine code for compute capability 9.0 (registers, spills,
-instructions for each element), not from timings: not yet measured on a GPU.
+instructions for each element); how fast they are on an H100 stands in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ import torch
 import triton
 from torch import Tensor
 
-from suite.norms.kernels.triton_launch import available, interpreted, on, power_of_two, sm_count
+from suite.norms.kernels.triton_launch import (
+    available,
+    interpreted,
+    power_of_two,
+    sm_count,
+    start,
+)
 from suite.norms.kernels.triton_rows_kernels import (
     backward,
     backward_long,
@@ -104,15 +110,15 @@ def rows_forward(
     plan = forward_plan(dim, x.element_size())
     programs, steps = grid(rows, plan, sm_count(x.device), per_sm=WARPS_PER_SM, least=1)
     kernel: Any = forward_long if plan.long else forward
-    with on(x.device):
-        kernel[(programs,)](
-            *(x, residual, weight, bias, y, h, stats, rows, steps, eps),
-            LAYER=layer,
-            DIM=dim,
-            R=plan.R,
-            N=plan.N,
-            num_warps=plan.warps,
-        )
+    start(
+        kernel,
+        (programs, 1, 1),
+        (x, residual, weight, bias, y, h, stats),
+        (rows, steps, eps),
+        {"LAYER": layer, "DIM": dim, "R": plan.R, "N": plan.N},
+        device=x.device,
+        options={"num_warps": plan.warps},
+    )
     return y, h, stats
 
 
@@ -127,11 +133,13 @@ def rows_backward(
     kind: str,
     needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dweight, dbias), the last two float32; None where not needed or absent."""
+    """(dx, dweight, dbias), the last two summed in float32 and in the dtype of their parameter;
+    None where not needed or absent."""
     rows, dim = h.shape
     dx = torch.empty_like(h) if needs[0] else None
-    sums = [needs[1] and weight is not None, needs[2] and bias is not None]
-    out = [h.new_empty(dim, dtype=torch.float32) if need else None for need in sums]
+    pairs = ((weight, needs[1]), (bias, needs[2]))
+    out = [torch.empty_like(p) if p is not None and need else None for p, need in pairs]
+    sums = [x is not None for x in out]
     if not h.numel() or not (needs[0] or any(sums)):
         dweight, dbias = (x if x is None else x.zero_() for x in out)
         return dx, dweight, dbias
@@ -140,27 +148,26 @@ def rows_backward(
     parts = h.new_empty((sum(sums), programs, dim), dtype=torch.float32)
     own = iter(parts)
     kernel: Any = backward_long if plan.long else backward
-    with on(h.device):
-        kernel[(programs,)](
-            *(dy, dh, h, stats, weight, dx),
-            *(next(own) if need else None for need in sums),
-            *(rows, steps),
-            LAYER=kind == "layer",
-            DIM=dim,
-            R=plan.R,
-            N=plan.N,
-            num_warps=plan.warps,
-            **_registers(h.element_size(), plan.warps),
+    start(
+        kernel,
+        (programs, 1, 1),
+        (dy, dh, h, stats, weight, dx, *(next(own) if need else None for need in sums)),
+        (rows, steps),
+        {"LAYER": kind == "layer", "DIM": dim, "R": plan.R, "N": plan.N},
+        device=h.device,
+        options={"num_warps": plan.warps, **_registers(h.element_size(), plan.warps)},
+    )
+    if any(sums):
+        wanted = [x for x in out if x is not None]
+        P = min(512, power_of_two(programs))
+        N = min(REDUCE_TILE // P, max(16, power_of_two(dim)))
+        start(
+            reduce,
+            (triton.cdiv(dim, N), len(wanted), 1),
+            (parts, wanted[0], wanted[1] if len(wanted) == 2 else None),
+            (programs,),
+            {"DIM": dim, "P": P, "N": N},
+            device=h.device,
+            options={"num_warps": 8},
         )
-        if any(sums):
-            wanted = [x for x in out if x is not None]
-            P = min(512, power_of_two(programs))
-            N = min(REDUCE_TILE // P, max(16, power_of_two(dim)))
-            reduce[(triton.cdiv(dim, N), len(wanted))](
-                *(parts, wanted[0], wanted[1] if len(wanted) == 2 else None, programs),
-                DIM=dim,
-                P=P,
-                N=N,
-                num_warps=8,
-            )
     return dx, out[0], out[1]

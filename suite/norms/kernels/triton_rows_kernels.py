@@ -317,6 +317,6 @@ def reduce(  # type: ignore[no-untyped-def]
         total += tl.load(parts + at, mask=inside, other=0.0)
     total_N = tl.sum(total, axis=0)
     if which == 0:
-        tl.store(first + col, total_N, mask=col < DIM)
+        tl.store(first + col, total_N.to(first.dtype.element_ty), mask=col < DIM)
     elif second is not None:
-        tl.store(second + col, total_N, mask=col < DIM)
+        tl.store(second + col, total_N.to(second.dtype.element_ty), mask=col < DIM)

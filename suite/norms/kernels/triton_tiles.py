@@ -98,9 +98,9 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     units,
     blocks,
     F: tl.constexpr,
-    FIRST: tl.constexpr,
     ALPHAS: tl.constexpr,
     SHIFTS: tl.constexpr,
+    FIRST: tl.constexpr,
     UNIT: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -165,6 +165,12 @@ def _walk(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _of_thread(x_RC, BR: tl.constexpr, BC: tl.constexpr, LANE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Sums over LANE neighbouring columns, which a thread holds: one register instead of LANE."""
+    return tl.sum(tl.reshape(x_RC, [BR, BC // LANE, LANE]), axis=2)
+
+
+@triton.jit
 def _keep_sum(  # type: ignore[no-untyped-def]
     part,
     sum_RC,
@@ -207,13 +213,13 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     steps,
     groups,
     F: tl.constexpr,
-    FIRST: tl.constexpr,
     ALPHAS: tl.constexpr,
     SHIFTS: tl.constexpr,
     DALPHA: tl.constexpr,
     DSHIFT: tl.constexpr,
     DWEIGHT: tl.constexpr,
     DBIAS: tl.constexpr,
+    FIRST: tl.constexpr,
     UNIT: tl.constexpr,
     EVEN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -228,9 +234,10 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     a = _parameter(alpha, channel, exists, ALPHAS)
     s = _parameter(shift, channel, exists, SHIFTS)
     w = _parameter(weight, channel, exists, True)
-    aw = a * w
-    dalpha_RC = tl.zeros([BR, BC], tl.float32)
-    dshift_RC = tl.zeros([BR, BC], tl.float32)
+    # at most what a thread reads at once
+    LANE: tl.constexpr = min(min(BC, UNIT), 128 // h.dtype.element_ty.primitive_bitwidth)
+    dalpha = tl.zeros([BR, BC if ALPHAS else BC // LANE], tl.float32)
+    dshift = tl.zeros([BR, BC if SHIFTS else BC // LANE], tl.float32)
     dweight_RC = tl.zeros([BR, BC], tl.float32)
     dbias_RC = tl.zeros([BR, BC], tl.float32)
     tile = _offsets(width, WIDE, BR, BC)
@@ -257,15 +264,17 @@ def backward_kernel(  # type: ignore[no-untyped-def]
             u = u + s
         f, slope = F(u, dim)
         du = g * slope
+        if weight is not None:
+            du = du * w
         if dx is not None:
-            found = du * aw
+            found = du * a
             if dh is not None:
                 found += dh_RC.to(tl.float32)
             tl.store(dx + at + tile, found.to(h_RC.dtype), mask=inside)
         if DALPHA:
-            dalpha_RC += du * x
+            dalpha += du * x if ALPHAS else _of_thread(du * x, BR, BC, LANE)
         if DSHIFT:
-            dshift_RC += du
+            dshift += du if SHIFTS else _of_thread(du, BR, BC, LANE)
         if DWEIGHT:
             dweight_RC += g * f
         if DBIAS:
@@ -282,12 +291,10 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         )
     if DALPHA:
         part = _keep_sum(
-            part, dalpha_RC * w, group, groups, block, blocks, channel, exists, dim, ALPHAS, FIRST
+            part, dalpha, group, groups, block, blocks, channel, exists, dim, ALPHAS, FIRST
         )
     if DSHIFT:
-        _keep_sum(
-            part, dshift_RC * w, group, groups, block, blocks, channel, exists, dim, SHIFTS, FIRST
-        )
+        _keep_sum(part, dshift, group, groups, block, blocks, channel, exists, dim, SHIFTS, FIRST)
 
 
 @triton.jit
@@ -311,13 +318,14 @@ def _add(  # type: ignore[no-untyped-def]
             sum_RC += tl.load(
                 part + r * dim + column, mask=(r < groups) & (column < dim), other=0.0
             )
-        tl.store(out + column, tl.sum(sum_RC, axis=0, keep_dims=True), mask=column < dim)
+        found = tl.sum(sum_RC, axis=0, keep_dims=True)
+        tl.store(out + column, found.to(out.dtype.element_ty), mask=column < dim)
     elif tl.program_id(0) == 0:
         sum_R = tl.zeros([SR * SC], tl.float32)
         for first in range(0, width, SR * SC):
             r = first + tl.arange(0, SR * SC)
             sum_R += tl.load(part + r, mask=r < width, other=0.0)
-        tl.store(out, tl.sum(sum_R, axis=0))
+        tl.store(out, tl.sum(sum_R, axis=0).to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["groups", "dim", "blocks"])
