@@ -14,11 +14,12 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from signal import SIGINT
 from typing import TYPE_CHECKING
 
-from suite.errors import ConfigError, DataError, DivergedError
+from suite.errors import ConfigError, DataError, DivergedError, Stopped
 from suite.registry import benches, check_choice, load_bench
-from suite.train import INTERRUPTED, complain, say
+from suite.train import complain, say
 
 if TYPE_CHECKING:
     from suite.config import Config
@@ -140,6 +141,7 @@ COMMANDS: dict[str, Command] = {
     "fusion": Command(
         of_suite("suite.benches.fusion"), "what an element-wise norm may be fused with"
     ),
+    "safety": Command(of_suite("suite.benches.safety"), "saving, and the guards of a run"),
     "overhead": Command(overhead, "a training step of the suite against a plain PyTorch loop"),
     "loading": Command(loading, "the suite's decoding and augmenting against a plain loader"),
     "reference": Command(reference, "a training step of a task against the field's own code"),
@@ -291,7 +293,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except (KeyboardInterrupt, SystemExit):  # Lightning turns the first into the second
         complain("interrupted")
-        return INTERRUPTED
+        return Stopped(SIGINT).exit_code
 
 
 if __name__ == "__main__":

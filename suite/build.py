@@ -6,10 +6,11 @@ Raises ConfigError before anything is written.
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,14 +20,12 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from suite.backends import BackendProof, backends, recomputing
 from suite.callbacks import (
-    NonFiniteGuard,
     NormStatistics,
     PrimaryTracker,
     ProgressLines,
@@ -35,17 +34,22 @@ from suite.callbacks import (
 from suite.checkpoint import init_from
 from suite.config import Config, to_dict
 from suite.data import DataInfo, Splits, SuiteDataModule
+from suite.divergence import DivergenceWatch
 from suite.ema import WeightEMA
 from suite.errors import ConfigError
 from suite.memory import check_memory
 from suite.metrics import JsonlLogger
 from suite.module import SuiteModule
+from suite.nonfinite import NonFiniteGuard
 from suite.norms import NormFactory, foreign_norms, make_norm, norm_modules
 from suite.optim import layer_scales
 from suite.registry import TaskSpec, load_task
+from suite.saving import CheckpointFiles
 from suite.sharding import NAME as SHARDED
 from suite.sharding import ShardedStrategy, Sharding, check_precision, check_shardable
-from suite.throughput import Throughput
+from suite.signals import Signals
+from suite.stopping import StopTogether
+from suite.throughput import NoProfiler, Throughput
 from suite.train import say
 
 QUIET = (
@@ -62,7 +66,6 @@ QUIET = (
     r".*lr_scheduler.step\(\).*",
     r".*is in eval mode.*",
     r".*GPU available but not used.*",
-    r".*isinstance\(treespec.*",
     r".*No positive samples in targets.*",
 )
 
@@ -236,6 +239,12 @@ def epoch_batches(config: Config, data: SuiteDataModule, *, processes: int) -> i
             f"trainer.val_check_interval={every}: an epoch has only {found} batches; take "
             "at most that, or trainer.check_val_every_n_epoch=null to count over epochs"
         )
+    parts = trainer.accumulate_grad_batches
+    if isinstance(every, int) and every % parts:
+        raise ConfigError(
+            f"trainer.val_check_interval={every}: counts batches, and an optimizer step takes "
+            f"trainer.accumulate_grad_batches={parts} of them; take a multiple"
+        )
     return found
 
 
@@ -248,6 +257,7 @@ def identity(config: Config, factory: NormFactory, info: DataInfo) -> dict[str, 
         "data": config.data_name,
         "norm": factory.describe(),
         "meaning": info.extra.get("meaning"),
+        "data_sha256": info.sha256,
         "config": to_dict(config),
     }
 
@@ -267,26 +277,32 @@ def audit_line(parts: Parts) -> str:
     return f"{'; '.join(listed)}; sites kept: {kept}" + f", norms kept: {by_user}" * bool(by_user)
 
 
-def build_callbacks(config: Config, spec: TaskSpec, folder: Path | None) -> list[Callback]:
+def warn(text: str) -> None:
+    """One line on stderr."""
+    say(f"warning: {text}")
+
+
+def build_callbacks(
+    config: Config, spec: TaskSpec, folder: Path | None, signals: Signals
+) -> list[Callback]:
     """Observers, progress and, with a folder, checkpoints: the best on val and the last epoch."""
     name, direction, split = spec.primary
     best = None if folder is None else folder / "checkpoints" / "best.ckpt"
     callbacks: list[Callback] = [
-        NonFiniteGuard(),
+        NonFiniteGuard(config.run.nonfinite, limit=config.run.nonfinite_limit),
         Throughput(spec.unit),
-        BackendProof(warn=lambda t: say(f"warning: {t}")),
+        BackendProof(warn=warn),
         PrimaryTracker(f"{split}/{name}", direction, best, patience=config.run.patience),
     ]
     if config.run.norm_stats:
-        callbacks.append(
-            NormStatistics(warn=lambda t: say(f"warning: {t}"), inputs=not config.run.compile)
-        )
+        callbacks.append(NormStatistics(warn=warn, inputs=not config.run.compile))
+    callbacks.append(DivergenceWatch(warn=warn))
     if config.trainer.enable_progress_bar and folder is not None:
-        import sys
-
         callbacks.append(SuiteProgressBar() if sys.stderr.isatty() else ProgressLines())
     if config.optim.ema_decay is not None:
         callbacks.append(WeightEMA(config.optim.ema_decay))
+    last = None if folder is None else folder / "checkpoints" / "last.ckpt"
+    callbacks.append(StopTogether(signals, last))  # after all that a checkpoint is to hold
     if folder is not None:
         place: dict[str, Any] = {"dirpath": folder / "checkpoints", "enable_version_counter": False}
         callbacks.append(ModelCheckpoint(filename="last", save_on_train_epoch_end=True, **place))
@@ -333,6 +349,8 @@ def build_trainer(
         "detect_anomaly": t.detect_anomaly,
         "logger": loggers or False,
         "callbacks": callbacks,
+        "plugins": [CheckpointFiles()],
+        "default_root_dir": folder,  # in the current one Lightning would look for SLURM's files
         "enable_progress_bar": any(isinstance(c, SuiteProgressBar) for c in callbacks),
         "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
         "enable_model_summary": False,
@@ -345,15 +363,6 @@ def build_trainer(
         return L.Trainer(**{**arguments, **overrides})
     except (MisconfigurationException, ValueError, RuntimeError, TypeError) as error:
         raise ConfigError(f"trainer: {error}") from error
-
-
-class NoProfiler(PassThroughProfiler):
-    """No profiler, without the 67 generator contexts a step that Lightning's would open."""
-
-    _shared = nullcontext()
-
-    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
-        return self._shared
 
 
 def build_sharding(config: Config) -> Sharding | None:

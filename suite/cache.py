@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from suite.safety import check_archive
+
 
 def cache_folder(option: str | None, *, kind: str) -> Path | None:
     """Where things of a kind are kept: in `option`, else in the user's cache folder; None for the
@@ -59,6 +61,8 @@ def recall(file: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What `keep` wrote: (meta, arrays). Raises FileNotFoundError, and of a damaged file whatever
     its bytes make of zipfile, NumPy and json.
     """
+    if file.exists():
+        check_archive(file)  # it may be of a folder that others write to
     with np.load(file, allow_pickle=False) as stored:
         arrays = {key: stored[key] for key in stored.files}
     return json.loads(arrays.pop("meta").tobytes()), arrays

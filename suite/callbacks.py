@@ -1,4 +1,4 @@
-"""What watches a run: throughput, norm statistics, non-finite guard, progress."""
+"""What watches a run: norm statistics, progress, the metric that it is judged by."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import math
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +14,15 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch import Tensor, nn
+from torch import Tensor
 
 from suite.cache import say_once
 from suite.checkpoint import read_checkpoint
-from suite.errors import DivergedError
-from suite.module import Batch, Observer, SuiteModule
+from suite.module import Observer, SuiteModule
 from suite.norms import norm_modules
-from suite.sharding import local, whole
+from suite.ranks import from_first
+from suite.saving import problem
+from suite.sharding import whole
 
 PRODUCT_RANGE = (0.3, 3.0)
 
@@ -40,6 +40,9 @@ class NormStatistics(Callback, Observer):
         self._handles: list[Any] = []
         self._seen: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
         self._judged = False
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._judged = trainer.global_step > 0
 
     def on_train_batch_start(
         self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int
@@ -84,126 +87,6 @@ class NormStatistics(Callback, Observer):
                 f"norm/{site}: alpha x RMS(input) is {low:.2f} to {high:.2f} at the start, outside "
                 f"{PRODUCT_RANGE[0]} to {PRODUCT_RANGE[1]}; norm.alpha_init=calibrated sets it to 1"
             )
-
-
-class NonFiniteGuard(Callback, Observer):
-    """Stops a run on a non-finite loss or gradient and names the step, the batch and the sites.
-
-    The gradient norm is the same on all ranks after the all-reduce, so all of them stop together.
-    On a CPU the check comes before the update; on a GPU it reads the last step's flag, so as not to
-    make the host wait for the device in every step, and before a checkpoint is written. The
-    GradScaler of 16-mixed skips such steps by design; two windows of them in a row are too many.
-    """
-
-    def __init__(self) -> None:
-        self._pending: tuple[Any, Tensor, Batch | None, int] | None = None
-        self._scaled, self._bad_windows = False, 0
-
-    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._scaled = trainer.precision == "16-mixed"
-
-    def on_gradients(self, module: SuiteModule, norm: Tensor) -> None:
-        if self._scaled:
-            return
-        if norm.device.type != "cuda":
-            if not math.isfinite(float(norm)):
-                step = module.trainer.global_step + 1
-                raise DivergedError(self.describe(module, module.batch, step))
-            return
-        self._check_last_step(module)
-        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
-        flag.copy_(torch.isfinite(norm), non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._pending = (event, flag, module.batch, module.trainer.global_step + 1)
-
-    def _check_last_step(self, module: SuiteModule) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            event, flag, batch, step = pending
-            event.synchronize()
-            if not bool(flag):
-                raise DivergedError(self.describe(module, batch, step))
-
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        assert isinstance(module, SuiteModule)
-        self._check_last_step(module)
-
-    def on_window(self, module: SuiteModule, values: dict[str, float], units: float) -> None:
-        finite = math.isfinite(values["train/loss"])
-        self._bad_windows = 0 if finite else self._bad_windows + 1
-        if self._scaled and self._bad_windows == 2:
-            raise DivergedError(self.describe(module, module.batch, module.trainer.global_step))
-
-    def describe(self, module: SuiteModule, batch: Batch | None, step: int) -> str:
-        """One line: where the first non-finite value is."""
-        epoch = module.current_epoch
-        where = f"step {step}, epoch {epoch}, rank {module.global_rank}"
-        gradients = [
-            n
-            for n, p in module.named_parameters()
-            if p.grad is not None and not local(p.grad).isfinite().all()
-        ]
-        if batch is None:
-            return f"non-finite gradient at {where}"
-        ids = batch["sample_id"].tolist()
-        samples = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-        found = locate(module, batch)
-        if found:
-            cause = f"first non-finite output in {found[0]}" + (
-                f", then {', '.join(found[1:4])}" if found[1:] else ""
-            )
-        elif gradients:
-            names = ", ".join(gradients[:3])
-            cause = f"the forward pass is finite on this rank; non-finite gradients in {names}"
-        else:
-            cause = "all values are finite on this rank"
-        return (
-            f"non-finite loss or gradient at {where}: {cause}; samples {samples}. "
-            "Lower optim.lr, set trainer.gradient_clip_val=1, or look at these samples"
-        )
-
-
-@torch.no_grad()
-def locate(module: SuiteModule, batch: Batch) -> list[str]:
-    """Names of the modules whose output is not finite, in forward order, norms with their site."""
-    found: list[str] = []
-    for name, value in batch.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            found.append(f"batch[{name!r}]")
-    with watch_outputs(module.model, found):
-        module.step(batch, "train")
-    return found
-
-
-@contextmanager
-def watch_outputs(model: nn.Module, found: list[str]) -> Iterator[None]:
-    """While open, append the name of every leaf or norm whose output is not finite."""
-    norms = {id(m): m for _, m in norm_modules(model)}
-    handles = []
-
-    def hook(label: str) -> Callable[..., None]:
-        def look(_: nn.Module, __: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and not output.isfinite().all():
-                found.append(label)
-
-        return look
-
-    for name, child in model.named_modules():
-        if id(child) in norms:
-            norm: Any = norms[id(child)]
-            handles.append(
-                child.register_forward_hook(hook(f"{name} ({norm.site}, {norm.norm_name})"))
-            )
-        elif not list(child.children()):
-            handles.append(child.register_forward_hook(hook(name)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class SuiteProgressBar(RichProgressBar):
@@ -302,10 +185,14 @@ class PrimaryTracker(Callback):
     def note(self, trainer: L.Trainer) -> None:
         """Take the validation that has just ended, and save the weights if it is the best."""
         found = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        repeated = trainer.global_step == self.last_step  # by a resumed run
         better = self.take(found, trainer.global_step)
-        # a resumed run may repeat the validation that was the best
-        new = better or trainer.global_step == self.best_step
-        self.waited = 0 if new else self.waited + 1
+        # best.ckpt may be ahead of a resumed run, which comes to its step again
+        ahead = self.best_step is not None and trainer.global_step <= self.best_step
+        if better or ahead:
+            self.waited = 0
+        elif not repeated:
+            self.waited += 1
         if better and self.path is not None:
             trainer.save_checkpoint(self.path)
         if self.patience is not None and self.waited >= self.patience:
@@ -333,9 +220,13 @@ class PrimaryTracker(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         for key in self.state_dict():
             setattr(self, key, state_dict.get(key, getattr(self, key)))
-        if self.path is not None and self.path.is_file():  # it may be later than last.ckpt
-            held = (
-                read_checkpoint(self.path, lazy=True).get("callbacks", {}).get(self.state_key, {})
-            )
-            self.take(held.get("metrics", {}), held.get("best_step", 0))
-            self.last, self.last_step = state_dict["last"], state_dict["last_step"]
+        held = from_first(self._of_file)  # of a node's own disk the others might see another one
+        self.take(held.get("metrics", {}), held.get("best_step", 0))
+        self.last, self.last_step = state_dict["last"], state_dict["last_step"]
+
+    def _of_file(self) -> dict[str, Any]:
+        """What the saved best says of itself: it may be later than last.ckpt."""
+        if self.path is None or not self.path.is_file() or problem(self.path) is not None:
+            return {}
+        found = read_checkpoint(self.path, lazy=True).get("callbacks", {}).get(self.state_key, {})
+        return dict(found)

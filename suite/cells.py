@@ -24,6 +24,7 @@ from typing import Any, Literal
 
 from suite.errors import ConfigError, DivergedError
 from suite.records import comparable, differences, flatten, plain, read_result
+from suite.safety import printable
 
 Status = Literal["done", "skipped", "failed", "diverged", "interrupted", "not started"]
 LOCK = ".sweep.lock"
@@ -215,7 +216,7 @@ class _Sweep:
     def _say(self, cell: Cell, what: str) -> None:
         place = f"[{list(self.cells).index(cell) + 1}/{len(self.cells)}]"
         with contextlib.suppress(BrokenPipeError):  # a closed `| head` must not orphan the children
-            print(f"{place} {cell.name}  {what}", flush=True)
+            print(f"{place} {cell.name}  {printable(what)}", flush=True)
 
 
 @contextlib.contextmanager
@@ -308,7 +309,7 @@ def _last_line(log: Path) -> str:
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 8192))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines()]
-    return next((line[:300] for line in reversed(lines) if line), "")
+    return next((printable(line[:300]) for line in reversed(lines) if line), "")
 
 
 def _show_primary(primary: Mapping[str, Any]) -> str:

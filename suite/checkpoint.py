@@ -3,12 +3,12 @@
 A DyT checkpoint loads into a LayerNorm model under strict=False with nothing missing; the published
 fine-tuning scripts do so silently. Here every load is strict, and the norm that a checkpoint
 records must be the model's. Only tensors and plain values are read: safetensors, or torch files
-under `weights_only=True`, which runs no code from the file.
+under `weights_only=True`, which runs no code from the file, and no more of them than the file has
+bytes for (see suite.safety).
 """
 
 from __future__ import annotations
 
-import json
 import re
 import zipfile
 from collections.abc import Mapping
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 
 from suite.errors import ConfigError
 from suite.norms import check_compatible, norm_parameters
+from suite.safety import SLACK, check_archive, check_values, printable, read_json, unique_values
 from suite.traces import check_config_json, check_meaning, check_traceless
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".safetensors.index.json")
 PUBLISHED = ("model.safetensors", "model.safetensors.index.json")  # in Hugging Face's folders
 WRAPPERS = ("state_dict", "model_ema", "model")  # where published files keep their weights
+IDENTITY_VALUES = 100_000  # a configuration has some 100
 
 
 def find_checkpoint(path: str | Path, *, key: str, prefer: str) -> Path:
@@ -35,7 +37,11 @@ def find_checkpoint(path: str | Path, *, key: str, prefer: str) -> Path:
 
     Raises ConfigError if there is none.
     """
-    path = Path(path).expanduser()
+    try:
+        path = Path(path).expanduser()
+        path.stat()
+    except (OSError, ValueError, RuntimeError):  # also a name that is too long, ~nobody
+        raise ConfigError(f"{key}={path}: no such run or file") from None
     if path.is_file():
         if not path.name.endswith(SUFFIXES):
             raise ConfigError(f"{key}={path}: not a weights file; allowed: {', '.join(SUFFIXES)}")
@@ -66,15 +72,20 @@ def read_checkpoint(path: Path, *, lazy: bool = False) -> dict[str, Any]:
     if path.suffix == ".safetensors":
         try:
             return dict(load_file(path))
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path}: not a readable safetensors file ({error})") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = printable(str(error))
+            raise ConfigError(f"{path}: not a readable safetensors file ({reason})") from error
     try:
-        lazy = lazy and zipfile.is_zipfile(path)  # older files have to be read whole
+        packed = is_packed(path)
+        if packed:
+            check_archive(path)
+        lazy = lazy and packed  # older files have to be read whole
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=lazy or None)
+        check_content(content, size=path.stat().st_size)
     except Exception as error:  # of a damaged file, whatever its bytes make the reader do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         reason = re.sub(r"\x1b\[[0-9;]*m", "", reason)  # torch colours its advice
-        reason = reason.partition(" In PyTorch 2.6")[0]  # which is to load without weights_only
+        reason = printable(reason.partition(" In PyTorch 2.6")[0])  # to load without weights_only
         raise ConfigError(
             f"{path}: not a readable checkpoint of tensors and plain values ({reason})"
         ) from error
@@ -83,20 +94,46 @@ def read_checkpoint(path: Path, *, lazy: bool = False) -> dict[str, Any]:
     return content
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a file is a zip by its end, as Python judges, or by its start, as torch does."""
+    with path.open("rb") as opened:
+        return opened.read(2) == b"PK" or zipfile.is_zipfile(opened)
+
+
+def check_content(content: Any, *, size: int) -> None:
+    """Raise ValueError for values without end, and tensors that are not plain ones of the file.
+
+    One on the meta device loads nothing without a word; an expanded or sparse one of a few bytes
+    may stand for terabytes. size: bytes of the file.
+    """
+    check_values(content)
+    for value in unique_values(content):
+        if not isinstance(value, Tensor):
+            continue
+        plain = type(value) in (Tensor, nn.Parameter) and not value.is_quantized
+        if not plain or value.layout != torch.strided or value.device.type != "cpu":
+            raise ValueError("it holds a tensor that is sparse, quantized, or without values")
+        if value.nbytes > size + SLACK:
+            raise ValueError(
+                f"it holds a tensor of {value.nbytes >> 30:,} GiB, and the file has {size:,} bytes"
+            )
+
+
 def read_parts(index: Path) -> dict[str, Any]:
     """The tensors of all the files that Hugging Face's index of a large model names.
 
     Raises ConfigError for an index that is not one, and for files that are missing or elsewhere.
     """
     try:
-        listed = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        listed = read_json(index)["weight_map"]
         files = sorted(set(listed.values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
+        reason = printable(" ".join(str(error).split()))
         raise ConfigError(f"{index}: not an index of safetensors files ({reason})") from None
     state: dict[str, Any] = {}
     for name in files:
-        if Path(str(name)).name != name or not str(name).endswith(".safetensors"):
+        beside = isinstance(name, str) and Path(name).name == name and name.isprintable()
+        if not beside or not name.endswith(".safetensors"):
             raise ConfigError(f"{index}: names {name!r}, expected .safetensors files beside it")
         state.update(read_checkpoint(index.parent / name))
     if missing := sorted(set(listed) - set(state)):
@@ -105,11 +142,10 @@ def read_parts(index: Path) -> dict[str, Any]:
 
 
 def read_resumable(path: Path) -> Mapping[str, Any]:
-    """The config that a checkpoint records. Raises ConfigError for one to start from only."""
+    """The identity that a checkpoint records. Raises ConfigError for one to start from only."""
     content = read_checkpoint(path, lazy=True)  # of no tensor: it may have hundreds of GB
     saved = content.get("suite")
-    parts = [saved.get(key) for key in ("config", "norm")] if isinstance(saved, Mapping) else [None]
-    if not all(isinstance(part, Mapping) for part in parts):
+    if not isinstance(saved, Mapping) or not is_identity(saved) or saved.get("config") is None:
         raise ConfigError(f"run.resume={path}: was not written by this suite")
     needed = ("state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step")
     if missing := [key for key in needed if key not in content]:
@@ -117,16 +153,14 @@ def read_resumable(path: Path) -> Mapping[str, Any]:
             f"run.resume={path}: holds no {', '.join(missing)} to go on with; start a new run with "
             f"model.init_from={path}"
         )
-    config: Mapping[str, Any] = content["suite"]["config"]
-    return config
+    identity: Mapping[str, Any] = content["suite"]
+    return identity
 
 
 def split_weights(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], Mapping[str, Any] | None]:
     """A file's content as (the network's state dict, the suite's identity or None)."""
     identity = content.get("suite")
-    if identity is not None and not (
-        isinstance(identity, Mapping) and isinstance(identity.get("norm"), Mapping)
-    ):
+    if identity is not None and not is_identity(identity):
         raise ConfigError("it does not say which norm it was trained with; the file is damaged")
     state: Mapping[str, Any] = content
     for key in WRAPPERS:
@@ -136,6 +170,21 @@ def split_weights(content: Mapping[str, Any]) -> tuple[dict[str, Tensor], Mappin
     if isinstance(identity, Mapping):
         state = {k[6:]: v for k, v in state.items() if str(k).startswith("model.")}
     return {str(k): v for k, v in state.items() if isinstance(v, Tensor)}, identity
+
+
+def is_identity(found: Any) -> bool:
+    """Whether a checkpoint's identity has the parts that are looked at, of their kinds."""
+    if not isinstance(found, Mapping) or not isinstance(found.get("norm"), Mapping):
+        return False
+    config, meaning = found.get("config"), found.get("meaning")
+    inner = config.get("model") if isinstance(config, Mapping) else None
+    if not all(part is None or isinstance(part, Mapping) for part in (config, meaning, inner)):
+        return False
+    try:
+        check_values(found, most=IDENTITY_VALUES)
+    except ValueError:
+        return False
+    return True
 
 
 def init_from(
@@ -200,8 +249,8 @@ def read_weights(
     if identity is not None and not across_norms:
         try:
             check_compatible(identity["norm"], norm)
-        except (ValueError, KeyError) as error:
-            raise ConfigError(f"{where}: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{where}: {printable(str(error))}") from error
     if identity is not None:
         check_meaning(identity, meaning, where=where)
     if identity is not None and options is not None:

@@ -156,6 +156,12 @@ def _has_mps(accelerator: str) -> bool:
     return accelerator == "gpu" and torch.backends.mps.is_available()
 
 
+def holds_a_run(folder: Path) -> bool:
+    """Whether a folder has more in it than what is left of a start that was killed at once."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return any(path.name != ".lock" and not path.name.startswith(".tmp") for path in found)
+
+
 def check_run_dir(config: Config) -> None:
     """Raise ConfigError unless the run's folder is new, empty or resumed, and can be written."""
     chosen = config.run.dir
@@ -163,7 +169,7 @@ def check_run_dir(config: Config) -> None:
     say = f"run.dir={chosen}" if chosen else f"{folder.resolve()}"
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{say}: is a file, not a folder")
-    if chosen and folder.is_dir() and any(folder.iterdir()) and config.run.resume == "never":
+    if chosen and holds_a_run(folder) and config.run.resume == "never":
         raise ConfigError(
             f"{say}: not empty, and a run is never overwritten; choose another, or go on with it: "
             f"run.resume={chosen}"

@@ -1,8 +1,8 @@
 """The processes that Lightning starts for the other ranks: how they are watched and ended.
 
-Lightning's own observer kills rank 0 before it can write its record. Three of Lightning's private
-names are used here (`launcher.procs`, `_ChildProcessObserver`, `_signal_connector`), each with a
-test.
+Lightning's own observer kills rank 0 before it can write its record, and its signal handlers hang
+(suite.signals). Lightning's private names that are used here (`launcher.procs`,
+`_ChildProcessObserver`, `_signal_connector`, `_broadcast_sigterm_tensor`) have a test each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from typing import Any
 import lightning as L
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 
+from suite.errors import Stopped
+from suite.signals import Signals
 from suite.train import complain
+
+STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)  # the last two: before Python had a handler
 
 
 class Children:
@@ -26,18 +30,21 @@ class Children:
 
     Lightning's own observer ends rank 0 with SIGKILL up to 5 s after another rank has failed: no
     result.json, exit code 137, whatever rank 0 was about to say. Here rank 0 has GRACE seconds to
-    end by itself; one that hangs in a collective is ended, after `failed` was told why. SIGTERM is
-    meanwhile what Ctrl-C is.
+    end by itself; one that hangs in a collective is ended, after `failed(status, text)` was told
+    why. While it is open, signals are the suite's alone.
     """
 
     GRACE = 10.0
 
     def __init__(
-        self, trainer: L.Trainer, *, failed: Callable[[str], Any] = lambda text: None
+        self,
+        trainer: L.Trainer,
+        signals: Signals,
+        *,
+        failed: Callable[[str, str], Any] = lambda status, text: None,
     ) -> None:
-        self.trainer, self.failed = trainer, failed
+        self.trainer, self.signals, self.failed = trainer, signals, failed
         self._over = threading.Event()
-        self._sigterm: Any = None
 
     @property
     def processes(self) -> list[subprocess.Popen[bytes]]:
@@ -45,34 +52,52 @@ class Children:
         return list(getattr(self.trainer.strategy.launcher, "procs", []))
 
     def __enter__(self) -> Children:
-        # SLURM has a protocol of its own, which Lightning follows
-        if threading.current_thread() is threading.main_thread() and not os.getenv("SLURM_JOB_ID"):
-            self._sigterm = signal.signal(signal.SIGTERM, signal.default_int_handler)
-            # Lightning's broadcasts in the signal handler, which hangs between two collectives
-            signals: Any = self.trainer._signal_connector
-            signals._sigterm_notifier_fn = signal.default_int_handler
+        connector: Any = self.trainer._signal_connector
+        connector.register_signal_handlers = lambda: None
+        loop: Any = self.trainer.fit_loop.epoch_loop
+        loop._broadcast_sigterm_tensor = lambda: None
+        self.signals.unheard = self._unheard
         if self.trainer.strategy.launcher is not None:
             threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._close(grace=self.GRACE / 2)
-        if self._sigterm is not None:
-            signal.signal(signal.SIGTERM, self._sigterm)
+        self.signals.unheard = lambda stopped: None
+
+    def _unheard(self, stopped: Stopped) -> None:
+        self.failed("interrupted", str(stopped))
+        self._close(grace=0.0)
 
     def _watch(self) -> None:
         while not self._over.wait(0.2):
             for thread in threading.enumerate():
                 if isinstance(thread, _ChildProcessObserver):
                     thread._child_processes = []
-            codes = {rank: p.poll() for rank, p in enumerate(self.processes, 1)}
-            bad = {rank: code for rank, code in codes.items() if code}
-            if bad and not self._over.wait(self.GRACE):
-                text = ", ".join(f"rank {r} ended with exit code {c}" for r, c in bad.items())
-                self.failed(f"{text}; its own lines say why")
-                self._close(grace=0.0)
-                complain(text)
-                os._exit(1)
+            if (bad := self._bad()) and not self._over.wait(self.GRACE):
+                self._give_up(bad)
+
+    def ended(self, *, wait: float = 2.0) -> str:
+        """Which of the other ranks have ended badly, in words; empty if none has within `wait`."""
+        until = time.monotonic() + wait
+        while not (bad := self._bad()) and self.processes and time.monotonic() < until:
+            time.sleep(0.05)
+        return _listed(bad)
+
+    def _bad(self) -> dict[int, int]:
+        codes = {rank: process.poll() for rank, process in enumerate(self.processes, 1)}
+        return {rank: code for rank, code in codes.items() if code}
+
+    def _give_up(self, bad: dict[int, int]) -> None:
+        """End this process: another one has ended, and it waits for that one."""
+        text = _listed(bad)
+        stopped = [code for code in bad.values() if code in STOPPED]
+        status = "interrupted" if len(stopped) == len(bad) else "failed"
+        self.failed(status, f"{text}; its own lines say why")
+        self._close(grace=0.0)
+        complain(text)
+        code = stopped[0] if status == "interrupted" else 1
+        os._exit(code if code > 0 else 128 - code)
 
     def _close(self, *, grace: float) -> None:
         """Stop watching; wait `grace` seconds for the processes to end and kill the rest."""
@@ -83,3 +108,7 @@ class Children:
                 process.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def _listed(bad: dict[int, int]) -> str:
+    return ", ".join(f"rank {rank} ended with exit code {code}" for rank, code in bad.items())

@@ -192,6 +192,8 @@ what to run
   recipe=NAME          start from a recipe (or a .yaml file); keys on the command line win
   config=PATH          start from a config.yaml that a run has written
   evaluate=RUN         a run's folder or checkpoint: its metrics, nothing trained
+Values stand for themselves: ${{...}} and addresses (https://...) are refused; a $ alone is text.
+A file sets no path outside this folder to write to, and imports no code: say that here.
 
 most used keys, with the suite's defaults (a task's own file or a recipe may set others)
 {keys}

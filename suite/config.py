@@ -39,11 +39,11 @@ from suite.fields import (
     members,
     no_such_key,
     out_of_range,
-    refuse_interpolation,
     shared,
     under,
     wrong_type,
 )
+from suite.safety import printable
 from suite.settings import Action, Config, Loaded, OptimConfig, RunConfig, TrainerConfig
 
 __all__ = [
@@ -70,10 +70,10 @@ INCOMPARABLE = (
     *("data.root", "data.cache", "data.download"),  # data.sha256 says what was read
     *("data.fasta", "data.bed", "model.scan", "model.conv", "model.checkpoint"),
     *("run.dir", "run.resume", "run.save_every_n_steps", "run.dist_timeout", "run.compile"),
-    *("run.eval_split", "run.tensorboard", "run.norm_stats"),
+    *("run.eval_split", "run.tensorboard", "run.norm_stats", "run.nonfinite_limit"),
     *("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy"),
     *("trainer.enable_progress_bar", "trainer.log_every_n_steps", "trainer.profiler"),
-    *("trainer.num_sanity_val_steps", "trainer.detect_anomaly"),
+    *("trainer.num_sanity_val_steps", "trainer.detect_anomaly", "run.nonfinite"),
 )
 
 
@@ -96,7 +96,7 @@ def load(argv: Sequence[str]) -> Loaded:
     try:
         return _load(cli.parse(argv))
     except ConfigError as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(printable(" ".join(str(error).split()))) from error
 
 
 def _load(request: cli.Request) -> Loaded:
@@ -125,6 +125,7 @@ def _resolve(request: cli.Request) -> tuple[Config, list[str]]:
         other = f"not task={names['task']}; leave task= out"
         raise ConfigError(f"{source.path} is for task={source.names['task']}, {other}")
     registry.check_choice("task", names["task"], registry.task_names())
+    sources.refuse_code(source.path, source.names, request.choices)
     surroundings, notes = sources.from_torchrun(request.settings, os.environ)
     given = [*source.settings, *request.settings, *surroundings]
     base: dict[str, Any] = {
@@ -260,21 +261,18 @@ def _read(path: Path, *, whole: bool) -> _Source:
             settings.append(Setting(("seed",), value, str(path)))
         else:
             raise cli.unknown_key(Setting((str(key),), value, str(path)))
+    sources.refuse_unsafe(Setting(("recipe",), recipe, str(path)), recipe)
     if whole and "task" not in names:
-        raise ConfigError(
-            f"{path}: names no task; it needs `task: {registry.DEFAULT_TASK}` or the like"
-        )
+        raise ConfigError(f"{path}: names no task; it needs `task: {registry.DEFAULT_TASK}` or so")
     return _Source(names, tuple(settings), str(path), None if recipe is None else str(recipe))
 
 
 def _parse_yaml(path: Path) -> dict[str, Any]:
+    text = sources.read_text(path)
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}:" if error.problem_mark else ""
-        raise ConfigError(f"{path}:{line} not valid YAML: {error.problem}") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}: cannot be read: {_first_line(str(error))}") from error
+        tree = OmegaConf.to_container(OmegaConf.load(text), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, TypeError) as error:
+        raise sources.not_yaml(path, error) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: must hold sections such as `optim:`, got a list")
     return {str(key): value for key, value in tree.items()}
@@ -321,7 +319,7 @@ def _assign(node: DictConfig, field: str, hint: Any, setting: Setting) -> None:
         raise setting.error(f": {'.'.join(setting.path[: 2 + group])} has no keys of its own")
     leaf_hint = get_args(members(hint)[0])[1] if group and inner else hint
     value = _parse(setting, leaf_hint)
-    refuse_interpolation(setting, value)
+    sources.refuse_unsafe(setting, value)
     if group and not inner and isinstance(value, dict):
         OmegaConf.update(node, field, {}, merge=False)
         for name, item in value.items():
@@ -350,8 +348,9 @@ def _parse(setting: Setting, hint: Any) -> Any:
 
 def _parse_scalar(setting: Setting, text: str) -> Any:
     try:
+        sources.check_anchors(text, setting.key)
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
         reason = getattr(error, "problem", None) or _first_line(str(error))
         raise setting.error(f"={text}: not a value that YAML can read: {reason}") from error
     value = parsed["value"] if isinstance(parsed, dict) else None

@@ -22,10 +22,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from suite.buckets import BucketEvalSampler, BucketSampler
+from suite.errors import DataError, shown
 from suite.sampling import BatchAddress, EvalSampler, TrainSampler, address
+from suite.signals import ignore_in_worker
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+SKIP_LIMIT = 0.1  # the default of data.skip_limit
+FEW = 10  # so many may be left out of any split, unless they are all of it
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,10 @@ class BatchDataset(Protocol):
     """A split; fetch's randomness depends on (seed, epoch, index) only.
 
     fetch may add "valid", bool [B], False for rows that could not be read: they then count for as
-    little as padding does. A split whose fetch does so has `skips = True` and `path_of(index)`.
+    little as padding does. A split whose fetch does so has `skips = True`, `path_of(index)` and
+    `skip_limit`, the share of it that may be so; `left_out` are names of what was found to be
+    unreadable before the split was made, and is not in it; `listed` is of how many where that is
+    not these and the examples together.
     A split of examples that differ in length has `buckets`, a suite.buckets.LengthBuckets, which
     then says what a batch holds, in training and in evaluation.
     """
@@ -163,25 +170,46 @@ class SuiteDataModule(L.LightningDataModule):
             testing = trainer is not None and trainer.testing
             split: Split = "val" if evaluating else "test" if testing else "train"
             self.unreadable[split].update(batch["sample_id"][bad].tolist())
+            self.check_share(split)
         return batch
 
     def gather_unreadable(self) -> None:
-        """Let every process know what any could not read; every one has to call it."""
+        """Let every process know what any could not read; every one has to call it.
+
+        Raises DataError, in all of them, if that is too much.
+        """
         if not (self.skips and dist.is_available() and dist.is_initialized()):
             return
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, self.unreadable)
         for split, ids in self.unreadable.items():
             ids.update(*(theirs[split] for theirs in everyone))
+        for split in self.unreadable:
+            self.check_share(split)
+
+    def check_share(self, split: Split) -> None:
+        """Raise DataError if too much of a split is known to be unreadable."""
+        part, found = getattr(self.splits, split), self.unreadable_files().get(split)
+        if found and (why := too_many(found["count"], found["of"], limit=part.skip_limit)):
+            raise DataError(f"{split}: {why}, such as {shown(found['files'][0])}")
 
     def unreadable_files(self) -> dict[str, dict[str, Any]]:
-        """By split, how many files this process knows to be unreadable, and the first ten."""
+        """By split, how many files this process knows to be unreadable, of how many, and the first
+        ten of them.
+        """
         found = {}
         for split, ids in self.unreadable.items():
-            if ids:
-                path_of = getattr(self.splits, split).path_of
-                first = [str(path_of(index)) for index in sorted(ids)[:10]]
-                found[str(split)] = {"count": len(ids), "files": first}
+            part = getattr(self.splits, split)
+            before = list(getattr(part, "left_out", ()))
+            if before or ids:
+                names = before[:10] + [
+                    part.path_of(i) for i in sorted(ids)[: 10 - len(before[:10])]
+                ]
+                found[str(split)] = {
+                    "count": len(before) + len(ids),
+                    "of": getattr(part, "listed", len(before) + len(part)),
+                    "files": [str(name) for name in names],
+                }
         return found
 
     @property
@@ -202,6 +230,7 @@ class SuiteDataModule(L.LightningDataModule):
             num_workers=self.options.num_workers,
             pin_memory=on_gpu,
             persistent_workers=self.options.num_workers > 0,
+            worker_init_fn=ignore_in_worker,
             generator=torch.Generator(),  # its own: the loader must not draw from the global one
         )
 
@@ -230,6 +259,10 @@ class SuiteDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
+        if self.trainer is not None:  # which asks when it has restored the position
+            resumption = getattr(self.trainer.lightning_module, "resumption", None)
+            if resumption is not None:
+                resumption.lift_limits(self.trainer)
         rank, world_size = self._place
         return self._loader("train", self.train_sampler(rank=rank, world_size=world_size))
 
@@ -264,4 +297,36 @@ class SuiteDataModule(L.LightningDataModule):
         batch = dataset[address(indices, size=len(indices), epoch=0)]
         if batch.pop("unreadable", None) is not None:
             batch = {name: rows[batch["valid"]] for name, rows in batch.items()}
+            if not len(batch["valid"]):
+                train: Any = self.splits.train
+                first = shown(train.path_of(indices[0]))
+                raise DataError(f"none of {count} training examples could be read, such as {first}")
         return batch
+
+
+def check_skip_limit(share: float) -> None:
+    """Raise ValueError for a data.skip_limit that is no share."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"skip_limit must be from 0 to 1, got {share}")
+
+
+def too_many(count: int, total: int, *, limit: float) -> str | None:
+    """What is said if `count` unreadable examples of `total` are not to be passed over."""
+    if count < total and (count <= FEW or count <= limit * total):
+        return None
+    advice = "" if count == total else f" (data.skip_limit={limit:g}): repair them, or raise it"
+    return f"{count:,} of {total:,} examples cannot be read{advice}"
+
+
+def lost_worker(error: BaseException) -> DataError | None:
+    """The error of a loader's worker that was killed, as one line; None for any other.
+
+    PyTorch raises it from its handler of SIGCHLD, so anywhere in the main thread.
+    """
+    text = str(error)
+    if not (isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid")):
+        return None
+    return DataError(
+        f"{text.partition('. ')[0]}: a process that loads data is gone; where memory ran out, take "
+        "fewer data.num_workers or a smaller data.batch_size"
+    )

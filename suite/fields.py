@@ -16,12 +16,17 @@ from suite import cli
 from suite.cli import Setting
 from suite.errors import ConfigError
 
+LONGEST = 100  # characters of a value that an error repeats
+
 
 def refuse_interpolation(setting: Setting, value: Any) -> None:
     """Raise ConfigError for `${...}` and `???`: a config file says values, it runs nothing."""
-    text = json.dumps(value, default=str)
+    try:
+        text = json.dumps(value, default=str)
+    except ValueError:  # 0x and thousands of digits: Python says no such number in decimals
+        raise setting.error(": a number of too many digits") from None
     if "${" in text or value == "???":
-        raise setting.error(f"={value}: not evaluated here; write the value itself")
+        raise setting.error(f"={_shown(value)}: not evaluated here; write the value itself")
 
 
 def out_of_range(section: str, text: str, last: Mapping[str, Setting]) -> ConfigError:
@@ -68,7 +73,8 @@ def wrong_type(value: object, hint: Any) -> str:
 def _shown(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return str(value)
+    text = str(value)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 20]}...{text[-17:]}"
 
 
 _WORDS: dict[Any, str] = {

@@ -72,12 +72,16 @@ def plain(value: Any) -> Any:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Plain values as one JSON object."""
+    write_text(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write atomically: a reader sees the old file or the new one, never half of it."""
-    text = json.dumps(plain(content), indent=2, allow_nan=False)
     draft = path.with_name(f".tmp-{os.getpid()}-{path.name}")  # tempfile's would be for us alone
     try:
         with draft.open("w") as file:
-            file.write(text + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)

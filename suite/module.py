@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +28,7 @@ from suite.norms import calibrate, check_compatible, norm_modules
 from suite.optim import build_optimizer, schedule, warmup_steps
 from suite.randomness import derive
 from suite.ranks import world_size
+from suite.resumption import Resumption
 from suite.sharding import Sharding, local, total_over_ranks
 from suite.sums import Number, StepOutput, Sums, means
 
@@ -66,6 +67,8 @@ class SuiteModule(L.LightningModule):
     the loss to about 1 before the exact rescaling. steps_per_epoch: optimizer steps of an epoch.
     padded: whether training batches may hold rows that are not valid.
     folder: where a task may leave files beside the result; None where nothing is written.
+    asked_to_stop: numbers for the signals that this process got. stop_flags, step_loss: their sums
+    over all processes, and the loss's, of the optimizer step under way.
     backends: what the norms compute with. saving: a context for the forward pass of training, which
     decides what is kept for the backward (norm.recompute).
     sharding: how `model`, then without values, is cut over the processes; None: it is whole.
@@ -95,12 +98,17 @@ class SuiteModule(L.LightningModule):
         self.eval_sums: dict[str, Sums] = {"val": Sums(), "test": Sums()}
         self.latest: dict[str, float] = {}
         self.train_loss: float | None = None
+        self.resumption = Resumption()
         self.batch: Batch | None = None
         self.folder: Path | None = None
         self.sharding: Sharding | None = None
         self.backends: Counter[Row] = Counter()
         self.saving: AbstractContextManager[Any] = nullcontext()
+        self.step_loss: Number = 0.0
+        self.asked_to_stop: Callable[[], list[float]] = list
+        self.stop_flags: Tensor | None = None
         self._step_count: Number = 0
+        self._step_loss: Number = 0.0
         self._grad_norm: Tensor | None = None
         self._lr = 0.0
         self._logged_step = 0
@@ -111,6 +119,8 @@ class SuiteModule(L.LightningModule):
             self.__dict__[name] = value
         else:
             super().__setattr__(name, value)
+
+    carried: tuple[str, ...] = ()  # a task's own sums over a window: lists of tensors
 
     # -- what a task writes ---------------------------------------------------------------------
 
@@ -174,7 +184,10 @@ class SuiteModule(L.LightningModule):
         self.observers = [c for c in callbacks if isinstance(c, Observer)]
 
     def on_train_start(self) -> None:
-        self._logged_step = self.trainer.global_step  # a resumed one is known only now
+        self.resumption.settle(self)
+
+    def on_train_epoch_start(self) -> None:
+        self.epoch_totals = {"loss": 0.0, "_count": 0.0}
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Dropout becomes a function of (seed, position, rank): nothing to save or restore."""
@@ -192,6 +205,7 @@ class SuiteModule(L.LightningModule):
         self.window.add(out)
         count = out.count.detach() if isinstance(out.count, Tensor) else out.count
         self._step_count = self._step_count + count
+        self._step_loss = self._step_loss + out.loss_sum.detach()
         return out.loss_sum / self.nominal
 
     def configure_gradient_clipping(
@@ -225,20 +239,32 @@ class SuiteModule(L.LightningModule):
     def _exact_scale(self) -> Tensor | float:
         """From the scaling that autograd, Lightning and DDP applied to that of the global mean.
 
-        They give sum / (nominal * accumulate * world); the mean is sum / global count. A number
-        where reading it makes nobody wait, else a 0-dim tensor.
+        They give sum / (nominal * accumulate * world). Where reading it makes wait, a 0-dim tensor.
         """
-        count, self._step_count = self._step_count, 0
-        world = world_size()
-        if world > 1:
-            count = torch.as_tensor(count, device=self.device, dtype=torch.float32).clone()
-            dist.all_reduce(count)
+        count, world = self._share_step(), world_size()
         applied = self.nominal * self.trainer.accumulate_grad_batches * world
         if isinstance(count, Tensor) and count.device.type != "cpu":
             return applied / count.clamp(min=1e-12)
         return applied / max(float(count), 1e-12)
 
+    def _share_step(self) -> Number:
+        """This step's count over all processes, with its loss and stop_flags in one collective."""
+        count, loss = self._step_count, self._step_loss
+        self._step_count, self._step_loss = 0, 0.0
+        if world_size() > 1:
+            own = [torch.as_tensor(v, device=self.device).float() for v in (count, loss)]
+            asked = torch.tensor(self.asked_to_stop(), device=self.device)
+            shared = torch.cat([torch.stack(own), asked])
+            dist.all_reduce(shared)
+            count, loss, self.stop_flags = shared[0], shared[1], shared[2:]
+        self.step_loss = loss
+        return count
+
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.log_if_due()
+
+    def log_if_due(self) -> None:
+        """Log the window if it ends with this step and has not been logged."""
         step, every = self.trainer.global_step, self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step > self._logged_step and (step == 1 or (every and step % every == 0)):
             self._flush(step)
@@ -247,12 +273,9 @@ class SuiteModule(L.LightningModule):
         self._flush(self.trainer.global_step)
         if self.batch is not None and not self.epoch_totals["_count"]:
             raise DataError("no training example of this epoch could be read: see the warnings")
-        self._end_of_epoch_loss()
-
-    def _end_of_epoch_loss(self) -> None:
         if self.epoch_totals["_count"]:
             self.train_loss = self.epoch_totals["loss"] / self.epoch_totals["_count"]
-        self.epoch_totals = {"loss": 0.0, "_count": 0.0}
+        self.resumption.closed = batches_done(self.trainer)
 
     def _flush(self, step: int) -> None:
         """Log the steps since the last window, with one transfer from the device."""
@@ -329,6 +352,10 @@ class SuiteModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._log_evaluation("val")
 
+    def on_validation_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.resumption.validated = batches_done(self.trainer)
+
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
 
@@ -352,9 +379,7 @@ class SuiteModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["suite"] = self.identity
-        held = self.window.totals(self.device, keep=True)  # every rank saves, rank 0 writes
-        so_far = {k: v + held.get(k, 0.0) for k, v in self.epoch_totals.items()}
-        checkpoint["suite_loss"] = {"epoch": so_far, "train": self.train_loss}
+        self.resumption.save(self, checkpoint)
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, SuiteDataModule) and data.skips:
             data.gather_unreadable()
@@ -372,22 +397,4 @@ class SuiteModule(L.LightningModule):
             raise ConfigError(str(error)) from error
         for split, ids in checkpoint.get("suite_unreadable", {}).items():
             self.trainer.datamodule.unreadable[split].update(ids)  # type: ignore[attr-defined]
-        losses = checkpoint.get("suite_loss", {"epoch": self.epoch_totals, "train": None})
-        self.epoch_totals, self.train_loss = dict(losses["epoch"]), losses["train"]
-        if checkpoint["global_step"] % self.steps_per_epoch == 0:
-            self._end_of_epoch_loss()  # Lightning does not call the hook of an epoch's end again
-        self._end_by_steps(checkpoint)
-
-    def _end_by_steps(self, checkpoint: Mapping[str, Any]) -> None:
-        """Let max_epochs mean its steps where an epoch was cut short.
-
-        Lightning counts an epoch that max_time or max_steps ended in its middle as a whole one, and
-        would end a resumed run that many steps before the schedule does.
-        """
-        total, step, loop = self.total_steps(), checkpoint["global_step"], self.trainer.fit_loop
-        counted = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
-        if total is None or counted <= step // self.steps_per_epoch:
-            return
-        loop.epoch_loop.max_steps = total
-        if loop.max_epochs not in (None, -1):
-            loop.max_epochs = counted + 1 - (step - total) // self.steps_per_epoch
+        self.resumption.load(self, checkpoint)

@@ -7,9 +7,16 @@ the gradient of what it computes from them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from suite.errors import RankError, one_line
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -43,6 +50,33 @@ def of_first(value: int, *, device: torch.device) -> int:
     held = torch.tensor([value], device=device)
     dist.broadcast(held, src=0)
     return int(held)
+
+
+def lost_rank(error: BaseException, *, timeout: int, known: Callable[[], str]) -> RankError | None:
+    """The error of a collective in which another process did not take part; None for any other.
+
+    timeout: run.dist_timeout. known: says which ones have ended, or nothing. torch has a class for
+    NCCL's and the store's; gloo's are RuntimeErrors that name its file.
+    """
+    text = str(error)
+    of_gloo = isinstance(error, RuntimeError) and ("gloo/" in text or "[gloo]" in text.lower())
+    if not (isinstance(error, dist.DistError) or of_gloo):
+        return None
+    reason = text.partition("] ")[2] or text
+    who = known() or (
+        f"another process of this run is gone or did not answer within run.dist_timeout={timeout} "
+        "seconds"
+    )
+    return RankError(f"{who}; its own lines say why ({one_line(reason, limit=300)})")
+
+
+def from_first(find: Callable[[], T]) -> T:
+    """What the first process finds, on every one of them; each has to call it."""
+    if world_size() == 1:
+        return find()
+    box: list[Any] = [find() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    return cast(T, box[0])
 
 
 def gather_rows(rows: Tensor, *, total: int) -> Tensor:

@@ -2,7 +2,8 @@
 differ.
 
 Kept apart from the sweep and the report because both judge runs by it, and neither needs torch for
-it.
+it. A folder may be somebody else's: texts come out of it printable, every part that is looked at is
+of its kind, and what it calls its command or its folder is shown and never used.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from suite.config import INCOMPARABLE
-from suite.errors import ConfigError
+from suite.errors import ConfigError, shown
+from suite.safety import parse_json, printable, printable_values, read_json
 
 SCHEMA = 1
 RESULT = "result.json"
@@ -34,6 +36,12 @@ FIELDS: Mapping[str, type | tuple[type, ...]] = {
     "primary": Mapping,
     "config": Mapping,
 }
+PARTS: Mapping[str, type] = {
+    **dict.fromkeys(("metrics", "throughput", "hardware", "versions", "git"), Mapping),
+    **dict.fromkeys(("data.sizes", "config.norm", "config.data", "config.model"), Mapping),
+    "hardware.gpus": list,
+}  # that may be missing or null
+NAMES = ("task", "model", "norm", "data.name", "primary.name")
 STATUSES = ("done", "failed", "diverged", "interrupted")
 
 
@@ -44,13 +52,13 @@ def read_result(folder: Path) -> dict[str, Any]:
     not of this schema.
     """
     try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        result = printable_values(read_json(folder / RESULT))
     except FileNotFoundError:
         raise ValueError(f"no {RESULT} (still running, or killed)") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{RESULT} cannot be read: {error}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{RESULT} is not JSON: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{RESULT} cannot be read: {printable(str(error))}") from None
+    except ValueError as error:
+        raise ValueError(f"{RESULT} is not JSON: {printable(str(error))}") from None
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
         found = result.get("schema") if isinstance(result, dict) else None
         raise ValueError(f"{RESULT} has schema {found}, this version reads {SCHEMA}")
@@ -59,7 +67,21 @@ def read_result(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{RESULT}: {key} is missing or of the wrong type")
     if result["status"] not in STATUSES:
         raise ValueError(f"{RESULT}: status is {result['status']}, not one of {STATUSES}")
+    for key, kind in PARTS.items():
+        if not isinstance(part(result, key), (kind, type(None))):
+            raise ValueError(f"{RESULT}: {key} is of the wrong type")
+    for key in NAMES:  # a spreadsheet would compute what begins so
+        if str(part(result, key)).startswith(("=", "+", "-", "@")):
+            raise ValueError(f"{RESULT}: {key} is {part(result, key)}, which is no name")
     return result
+
+
+def part(result: Mapping[str, Any], key: str) -> Any:
+    """A value by its dotted key; None where there is none."""
+    value: Any = result
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def read_curve(folder: Path, *, key: str) -> dict[int, float]:
@@ -72,13 +94,14 @@ def read_curve(folder: Path, *, key: str) -> dict[int, float]:
     path = folder / METRICS
     if not path.is_file():
         return curve
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict) and isinstance(row.get(key), (int, float)) and "step" in row:
-            curve[int(row["step"])] = float(row[key])
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                row = parse_json(line)
+                if isinstance(row, dict) and isinstance(row.get(key), (int, float)):
+                    curve[int(row["step"])] = float(row[key])
+            except (ValueError, KeyError, TypeError, OverflowError):
+                continue
     return dict(sorted(curve.items()))
 
 
@@ -185,6 +208,9 @@ def find_runs(paths: Iterable[Path]) -> tuple[list[Run], list[str]]:
         folders.update((folder.resolve(), folder) for folder in found)
     runs, skipped = [], []
     for folder in folders.values():
+        if not str(folder).isprintable():
+            skipped.append(f"{shown(folder)}: skipped: its name cannot be shown; rename it")
+            continue
         try:
             runs.append(_read_run(folder))
         except ValueError as error:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from suite.errors import ConfigError
 
 DEFAULT_TASK = "vision/classify"
+MOST_LISTED = 30  # names in an error: all norms, models and data of a task, but not all recipes
 
 
 @dataclass(frozen=True)
@@ -119,4 +120,6 @@ def check_choice(key: str, name: str, allowed: Iterable[str]) -> None:
         return
     near = get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f" Did you mean {key}={near[0]}?" if near else ""
-    raise ConfigError(f"{key}={name}: no such {key}.{hint} Choose one of: {', '.join(names)}")
+    few = ", ".join(names[:MOST_LISTED])
+    more = f" and {len(names) - MOST_LISTED} more, see --list" if len(names) > MOST_LISTED else ""
+    raise ConfigError(f"{key}={name}: no such {key}.{hint} Choose one of: {few}{more}")

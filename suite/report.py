@@ -2,12 +2,14 @@
 
 A table must stand alone: it says how many seeds stand behind each figure, which runs failed, how
 many learning rates were tried, on which data and hardware, and with which commands, so that a
-difference between two norms can be told from a difference between two setups.
+difference between two norms can be told from a difference between two setups. Names and notes of
+runs are somebody's text: on the page they are text too, and neither HTML nor links.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +23,9 @@ from rich.table import Table
 from suite.comparison import Block, compare
 from suite.curves import draw_curves
 from suite.errors import ConfigError
-from suite.records import find_runs
+from suite.records import Run, find_runs
 from suite.rows import SPLITS, Options
+from suite.safety import printable
 from suite.tables import csv_text, facts, legend, markdown, notes_of, overview, table_of
 
 PIPED_WIDTH = 200  # characters; a pipe has no width, and 80 would fold every figure
@@ -54,6 +57,21 @@ def print_terminal(
         console.print()
     if overview(blocks, split=split):
         _print_table("all tasks", overview(blocks, split=split), console=console)
+
+
+def inert(value: Any) -> Any:
+    """Plain values whose texts a Markdown page shows as they stand: no tag, link, picture or fence.
+
+    Only what begins one of them is changed, so that an honest name looks as it did.
+    """
+    if isinstance(value, Run):
+        return dataclasses.replace(value, result=inert(value.result), flat=inert(value.flat))
+    if isinstance(value, str):
+        text = value.replace("&", "&amp;").replace("<", "&lt;").replace("](", "]\\(")
+        return text.replace("```", "` ` `").replace("~~~", "~ ~ ~")
+    if isinstance(value, Mapping):
+        return {inert(key): inert(inner) for key, inner in value.items()}
+    return [inert(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _print_table(title: str, rows: Sequence[Mapping[str, str]], *, console: Console) -> None:
@@ -94,9 +112,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def write_files(
-    out: Path, *, blocks: Sequence[Block], options: Options, split: str | None, command: str
+    out: Path,
+    *,
+    blocks: Sequence[Block],
+    on_page: Sequence[Block],
+    options: Options,
+    split: str | None,
+    command: str,
 ) -> tuple[list[str], list[str]]:
-    """Write report.md, report.csv and curves.png to `out`.
+    """Write report.md, report.csv and curves.png to `out`. on_page: the blocks of `inert` runs.
 
     Returns the names written, and a line for what could not be made. Raises ConfigError when `out`
     cannot be written.
@@ -105,9 +129,9 @@ def write_files(
     try:
         out.mkdir(parents=True, exist_ok=True)
         image.unlink(missing_ok=True)  # an older one would be taken for this report's
-        problem = draw_curves(blocks, path=image)
+        problem = _draw(blocks, image)
         name = None if problem else image.name
-        page = markdown(blocks, options=options, split=split, command=command, image=name)
+        page = markdown(on_page, options=options, split=split, command=command, image=name)
         (out / "report.csv").write_text(csv_text(blocks, options=options), encoding="utf-8")
         (out / "report.md").write_text(page, encoding="utf-8")
     except OSError as error:
@@ -116,6 +140,14 @@ def write_files(
         ) from None
     written = ["report.md", "report.csv", *([name] if name else [])]
     return written, [problem] if problem else []
+
+
+def _draw(blocks: Sequence[Block], image: Path) -> str | None:
+    """draw_curves; why not also where matplotlib takes a name's dollar signs for a formula."""
+    try:
+        return draw_curves(blocks, path=image)
+    except ValueError as error:
+        return f"{image.name} was not made: {' '.join(str(error).split())[:200]}"
 
 
 def main(
@@ -131,21 +163,28 @@ def main(
         runs, skipped = find_runs(given.runs)
         select = tuple(key for text in given.select for key in text.split(","))
         options = Options(given.by, given.baseline, select, given.metric)
-        blocks = compare(runs, options=options, **({"defaults": defaults} if defaults else {}))
+        usual: Any = {"defaults": defaults} if defaults else {}
+        blocks = compare(runs, options=options, **usual)
+        on_page = compare([inert(run) for run in runs], options=options, **usual)
         written: list[str] = []
         if given.out:
             written, problems = write_files(
-                given.out, blocks=blocks, options=options, split=given.split, command=command
+                given.out,
+                blocks=blocks,
+                on_page=on_page,
+                options=options,
+                split=given.split,
+                command=command,
             )
             skipped += problems
     except ConfigError as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {printable(line)}", file=sys.stderr)
         return error.exit_code
     for line in skipped:
-        print(f"warning: {line}", file=sys.stderr)
+        print(f"warning: {printable(line)}", file=sys.stderr)
     if given.format == "markdown":
-        print(markdown(blocks, options=options, split=given.split, command=command))
+        print(markdown(on_page, options=options, split=given.split, command=command))
     elif given.format == "csv":
         print(csv_text(blocks, options=options), end="")
     else:

@@ -34,8 +34,10 @@ from suite.config import (
     comparable_hash,
     to_dict,
 )
-from suite.errors import ConfigError, DataError, DivergedError
-from suite.folder import choose_folder, open_folder, resumed_checkpoint
+from suite.data import lost_worker
+from suite.decision import decided
+from suite.errors import ConfigError, DataError, DivergedError, Stopped
+from suite.folder import Hold, Place, check_data, choose_place, open_folder
 from suite.metrics import (
     SCHEMA,
     git_state,
@@ -45,9 +47,13 @@ from suite.metrics import (
     versions,
     write_json,
 )
+from suite.nonfinite import NonFiniteGuard
 from suite.norms import Kept, Replaced, swap_rows, swap_table
+from suite.ranks import lost_rank
+from suite.records import read_result
 from suite.sharding import NAME as SHARDED
 from suite.sharding import share_weights
+from suite.signals import Signals, requeue
 from suite.throughput import Throughput
 from suite.train import say
 
@@ -114,6 +120,7 @@ class Record:
             "parameters": parameters,
             "norm_parameters": of_norms,
             "norm_backend": find(trainer, BackendProof).summary(),
+            "nonfinite": find(trainer, NonFiniteGuard).summary(),
             "norm_swaps": swap_rows(*(swapped(parts) or ([], []))),
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
@@ -132,32 +139,56 @@ class Record:
         }
 
 
-def train(config: Config, *, command: str) -> int:
+def train(config: Config, *, command: str, signals: Signals) -> int:
     """Train, evaluate the best checkpoint on test once, leave the record. Returns the exit code."""
     quiet()
     started = time.time()
     processes = check_devices(config)
-    resume = None if config.run.resume == "never" else resumed_checkpoint(config)
-    folder = choose_folder(config)
+    accelerator, timeout = config.trainer.accelerator, config.run.dist_timeout
+    place = decided(lambda: choose_place(config), accelerator=accelerator, timeout=timeout)
+    for note in place.notes:
+        say(f"note: {note}")
+    if place.done:
+        say_done(place)
+        return 0
     parts = build_parts(config, processes=processes)
-    callbacks = build_callbacks(config, parts.spec, folder)
-    trainer = build_trainer(config, processes=processes, callbacks=callbacks, folder=folder)
+    if place.checkpoint is not None:
+        sha256 = parts.data.splits.info.sha256
+        check_data(place.checkpoint, sha256=sha256, resume=config.run.resume)
+    callbacks = build_callbacks(config, parts.spec, place.folder, signals)
+    trainer = build_trainer(config, processes=processes, callbacks=callbacks, folder=place.folder)
     check_model(parts, trainer)
-    record = Record(config, parts, trainer, folder, command, started, {})
-    if resume is None:
+    record = Record(config, parts, trainer, place.folder, command, started, {})
+    if place.checkpoint is None:
         initialise(parts)
-    open_folder(config, folder, fresh=resume is None)
-    introduce(parts, trainer, folder)
-    parts.module.folder = folder
-    with Children(trainer, failed=lambda text: record.write("failed", text)):
-        follow(record, resume)
-    result = record.write("done")
+    signals.check()
+    hold = open_folder(config, place)
+    try:
+        introduce(parts, trainer, place.folder)
+        parts.module.folder = place.folder
+        with Children(trainer, signals, failed=record.write) as children:
+            follow(record, place.checkpoint, children)
+        result = record.write("done")
+    finally:
+        release(hold)
     if result is not None:
-        summarise(result, folder)
+        summarise(result, place.folder)
     return 0
 
 
-def follow(record: Record, resume: Path | None) -> None:
+def release(hold: Hold | None) -> None:
+    """Give the folder back, where this process had it."""
+    if hold is not None:
+        hold.release()
+
+
+def say_done(place: Place) -> None:
+    """The summary of a run that has nothing left to do."""
+    if is_main_process():
+        summarise(read_result(place.folder), place.folder)
+
+
+def follow(record: Record, resume: Path | None, children: Children) -> None:
     """Train, validate and test; a bad end is written into the record and passed on."""
     parts, trainer = record.parts, record.trainer
     try:
@@ -171,11 +202,20 @@ def follow(record: Record, resume: Path | None) -> None:
     except DataError as error:
         record.write("failed", str(error))
         raise
+    except Stopped as error:
+        record.write("interrupted", str(error))
+        if error.requeue and is_main_process() and (said := requeue()):
+            say(said)
+        raise
     except (KeyboardInterrupt, SystemExit) as error:
         record.write("interrupted", "interrupted by the user")
         raise KeyboardInterrupt from error
     except BaseException as error:
-        record.write("failed", f"{type(error).__name__}: {error}")
+        timeout = record.config.run.dist_timeout
+        known = lost_worker(error) or lost_rank(error, timeout=timeout, known=children.ended)
+        record.write("failed", str(known or f"{type(error).__name__}: {error}"))
+        if known is not None:
+            raise known from None
         raise
 
 
@@ -184,7 +224,8 @@ def tell_unreadable(parts: Parts) -> None:
     parts.data.gather_unreadable()
     for split, found in parts.data.unreadable_files().items():
         count, first = found["count"], found["files"][0]
-        say(f"note: {count} unreadable files of {split} were left out, such as {first}")
+        share = f"{count:,} of {found['of']:,} examples of {split} ({count / found['of']:.1%})"
+        say(f"note: {share} could not be read and were left out, such as {first}")
 
 
 def fit(parts: Parts, trainer: L.Trainer, resume: Path | None) -> None:

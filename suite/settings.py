@@ -231,10 +231,15 @@ class RunConfig:
     """Where a run goes and how it is watched.
 
     dir: its folder; null numbers a new one, runs/<task>/<model>-<norm>-seed<k>-<n>.
-    resume: "never", or the folder or checkpoint of the run to go on with.
+    resume: "never"; the folder or checkpoint of the run to go on with; or "auto": run.dir's, or the
+        newest unfinished run of this very config, from its newest checkpoint that verifies. Without
+        one a new run begins, so that one command can be submitted again and again.
     save_every_n_steps: write checkpoints/last.ckpt every so many steps, besides after each epoch.
     patience: validations without a new best after which training ends; null trains to the end.
     dist_timeout: seconds that a process waits for the others before it gives up.
+    nonfinite: what follows a non-finite loss or gradient: "stop" ends the run with exit code 3,
+        "skip" leaves the update out, on all processes alike.
+    nonfinite_limit: updates that skip may leave out in a whole run.
     compile: false, or a mode of torch.compile.
     matmul_precision: of float32 matrix products on a GPU: "high" is TF32 on NVIDIA's, which the
         published vision runs had, and which PyTorch takes for convolutions anyway.
@@ -247,6 +252,8 @@ class RunConfig:
     save_every_n_steps: int | None = None
     patience: int | None = None
     dist_timeout: int = 600
+    nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite_limit: int = 10
     compile: bool | str = False
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
     eval_split: Literal["val", "test"] = "test"
@@ -256,13 +263,13 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Raise ValueError for a value out of range."""
         _at_least(self, 1, "dist_timeout", "save_every_n_steps", "patience")
+        _at_least(self, 0, "nonfinite_limit")
         _one_of(self, "matmul_precision", ("highest", "high", "medium"))
+        _one_of(self, "nonfinite", ("stop", "skip"))
         if self.compile is True:
             object.__setattr__(self, "compile", "default")
         if self.compile is not False:
             _one_of(self, "compile", COMPILE_MODES)
-        if self.resume == "auto":
-            raise ValueError("resume cannot be auto: write the run's folder, or never")
         if self.dir == "":
             raise ValueError("dir must be a folder or null, got an empty text")
 

@@ -157,7 +157,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = True) -> Any:
         """What the file holds; its tensors stay on the disk until their rows are read."""
         path = Path(self.broadcast(checkpoint_path))
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return self.checkpoint_io.load_checkpoint(path)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.lightning_module is not None

@@ -46,6 +46,7 @@ from suite.metrics import hardware, versions
 from suite.module import SuiteModule
 from suite.optim import build_optimizer, schedule, warmup_steps
 from suite.run import initialise
+from suite.signals import Signals
 from suite.train import say
 
 WARMUP = 4
@@ -303,7 +304,7 @@ class Pair:
         module.model.load_state_dict(self.start)
         with tempfile.TemporaryDirectory() as name, Path(os.devnull).open("w") as null:
             folder = Path(name)
-            usual = build_callbacks(config, self.parts.spec, folder)
+            usual = build_callbacks(config, self.parts.spec, folder, Signals())
             usual = [at_terminal(c, null) for c in usual]
             trainer = build_trainer(config, processes=1, callbacks=[*usual, turns], folder=folder)
             self.parts_on = [type(x).__name__ for x in (*usual, *trainer.loggers)]

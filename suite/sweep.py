@@ -26,10 +26,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from suite.cells import Cell, Outcome, is_finished, run_cells, show_seconds
-from suite.errors import ConfigError
+from suite.errors import ConfigError, shown
+from suite.safety import printable
 
 TRAIN = (sys.executable, "-m", "suite.train")
 NAME_LENGTH = 150  # bytes; file systems allow 255, and `.failed-<k>.log` is added
@@ -186,7 +188,7 @@ def exit_code(outcomes: Sequence[Outcome]) -> int:
 
 def print_summary(outcomes: Sequence[Outcome], *, out: Path, console: Console) -> None:
     """One row a cell, then what to type next."""
-    table = Table(title=f"sweep in {out}", title_justify="left")
+    table = Table(title=escape(f"sweep in {shown(out)}"), title_justify="left")
     for heading in ("cell", "status", "val best", "test", "time"):
         right = heading in ("val best", "test", "time")
         table.add_column(heading, justify="right" if right else "left", overflow="fold")
@@ -201,11 +203,13 @@ def print_summary(outcomes: Sequence[Outcome], *, out: Path, console: Console) -
     console.print(table)
     for outcome in outcomes:
         if outcome.status in ("failed", "diverged"):
-            console.print(f"{outcome.cell.name}: {outcome.detail}", markup=False, soft_wrap=True)
+            line = printable(f"{outcome.cell.name}: {outcome.detail}")
+            console.print(line, markup=False, soft_wrap=True)
     counts = Counter(outcome.status for outcome in outcomes)
     console.print(", ".join(f"{n} {status}" for status, n in counts.items()), highlight=False)
     again = "" if exit_code(outcomes) == 0 else "  (the same command again runs what is missing)"
-    console.print(f"table: python -m suite.report {out}{again}", highlight=False, soft_wrap=True)
+    line = f"table: python -m suite.report {shlex.quote(shown(out))}{again}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _figure(value: Any) -> str:
@@ -274,7 +278,7 @@ def main(
         outcomes = run_cells(cells, out=out, command=command, jobs=options.jobs)
     except ConfigError as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {printable(line)}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped before anything was started", file=sys.stderr)

@@ -4,7 +4,6 @@ nothing: options such as the number of heads, and what an id of the data stands 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from suite.errors import ConfigError
+from suite.safety import printable, read_json
 
 NOTHING = "the weights would load and mean nothing"
 
@@ -61,12 +61,14 @@ def check_config_json(model: nn.Module, file: Path, options: Any, *, where: str)
     if said_by is None or not beside.is_file():
         return
     try:
-        content = json.loads(beside.read_text(encoding="utf-8"))
-        wanted = said_by(content) if isinstance(content, dict) else {}
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        content = read_json(beside)
+    except (OSError, ValueError):
         return  # somebody else's file
-    except ValueError as error:
-        raise ConfigError(f"{where}: config.json beside it says {error}") from error
+    try:
+        wanted = said_by(content) if isinstance(content, dict) else {}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        said = printable(str(error))
+        raise ConfigError(f"{where}: config.json beside it says {said}") from error
     other = {k: v for k, v in wanted.items() if plain(getattr(options, k)) != plain(v)}
     if other:
         listed = " ".join(f"model.{key}={plain(value)}" for key, value in other.items())

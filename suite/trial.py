@@ -21,15 +21,16 @@ from suite.checkpoint import find_checkpoint, read_weights
 from suite.children import Children
 from suite.config import Config, check_devices
 from suite.errors import ConfigError
-from suite.folder import choose_folder
+from suite.folder import choose_place
 from suite.memory import Need, available_memory, data_outline, gib, need
 from suite.metrics import is_main_process, plain
 from suite.registry import load_task
 from suite.run import fit, initialise, introduce, measured, tell_unreadable
+from suite.signals import Signals
 from suite.train import say
 
 
-def evaluate(config: Config) -> int:
+def evaluate(config: Config, signals: Signals) -> int:
     """Metrics of a run, a checkpoint or a weights file on val or test; prints one JSON object."""
     quiet()
     assert config.evaluate is not None
@@ -49,7 +50,7 @@ def evaluate(config: Config) -> int:
     introduce(parts, trainer, None)
     split = config.run.eval_split
     measure = trainer.validate if split == "val" else trainer.test
-    with Children(trainer):
+    with Children(trainer, signals):
         measure(parts.module, datamodule=parts.data, verbose=False)
         tell_unreadable(parts)
     if is_main_process():
@@ -60,7 +61,7 @@ def evaluate(config: Config) -> int:
     return 0
 
 
-def dry_run(config: Config) -> int:
+def dry_run(config: Config, signals: Signals) -> int:
     """Build all, one training and one validation batch in a temporary folder; nothing stays.
 
     A model over the available memory is built on the meta device only, and that is said.
@@ -69,12 +70,12 @@ def dry_run(config: Config) -> int:
     if outlined(config):
         return 0
     processes = check_devices(config)
-    choose_folder(config)  # says whether run.dir could be used; writes nothing
+    choose_place(config)  # says whether run.dir could be used; writes nothing
     parts = build_parts(config, processes=processes)
     initialise(parts)
     folder = Path(tempfile.mkdtemp(prefix="suite-dry-run-"))
     try:
-        callbacks = build_callbacks(config, parts.spec, None)
+        callbacks = build_callbacks(config, parts.spec, None, signals)
         trainer = build_trainer(
             config,
             processes=processes,
@@ -85,7 +86,7 @@ def dry_run(config: Config) -> int:
         )
         check_model(parts, trainer)
         introduce(parts, trainer, None)
-        with Children(trainer):
+        with Children(trainer, signals):
             fit(parts, trainer, None)
     finally:
         shutil.rmtree(folder, ignore_errors=True)

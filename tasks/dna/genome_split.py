@@ -10,6 +10,7 @@ Shapes: B windows of a batch, L positions, N windows, R regions.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,16 @@ import torch
 from torch import Tensor
 
 from suite.cache import cache_folder, keep, recall
-from suite.data import DataInfo, DataOptions, Splits
+from suite.data import SKIP_LIMIT, DataInfo, DataOptions, Splits, check_skip_limit
 from suite.errors import ConfigError, DataError, shown
 from suite.randomness import uniform
-from tasks.dna.fasta import Fasta
+from tasks.dna.fasta import Fasta, LetterError
 from tasks.dna.intervals import SPLITS, read_bed
 from tasks.dna.novel import K, known_kmers, novel_windows
-from tasks.dna.tokens import PAD, reverse_complement
+from tasks.dna.tokens import PAD, N, reverse_complement
 from tasks.dna.windows import Layout, lay_out
 
+MOST_WARNINGS = 20  # of a loader's worker
 SMALL = 64_000_000  # bases; above it the k-mers of all sequences take too much memory
 
 
@@ -40,8 +42,9 @@ class WindowOptions(DataOptions):
     interval. rc_augment: read each training window from either strand. extend: where an interval
     is shorter than a window, let the window grow around it. novel: find the val and test windows
     that have no base in a 24-mer of what was trained on; auto: where all sequences are at most
-    64 Mb. cache: folder for indices and the like; None: the user's cache folder; "none": keep
-    nothing.
+    64 Mb. on_error: what a window does that holds a letter which is no base: end the run, or count
+    for nothing. skip_limit: the largest share of a split that may. cache: folder for indices and
+    the like; None: the user's cache folder; "none": keep nothing.
     """
 
     length: int = 1024
@@ -49,6 +52,8 @@ class WindowOptions(DataOptions):
     rc_augment: bool = True
     extend: bool = False
     novel: Literal["auto", "on", "off"] = "auto"
+    on_error: Literal["fail", "skip"] = "fail"
+    skip_limit: float = SKIP_LIMIT
     cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +62,7 @@ class WindowOptions(DataOptions):
             raise ValueError(f"length must be at least 8, got {self.length}")
         if self.shift < 0:
             raise ValueError(f"shift must not be negative, got {self.shift}")
+        check_skip_limit(self.skip_limit)
 
 
 class GenomeSplit:
@@ -64,6 +70,8 @@ class GenomeSplit:
 
     windows: int64 [N, 3], (index into `chroms`, start, end), where they lie when not moved.
     length: L of every batch. novel: bool [N], or None where it is not known. cache: the option.
+    skips: whether windows may turn out to hold what is no base (on_error=skip of `fasta`);
+    skip_limit: how many.
     """
 
     def __init__(
@@ -77,7 +85,10 @@ class GenomeSplit:
         rc_augment: bool = False,
         novel: np.ndarray | None = None,
         cache: str | None = None,
+        skip_limit: float = SKIP_LIMIT,
     ) -> None:
+        self.skips, self.skip_limit = fasta.on_error == "skip", skip_limit
+        self.named: set[str] = set()  # what this process has warned of
         self.fasta, self.layout, self.length, self.seed = fasta, layout, length, seed
         self.shift, self.rc_augment, self.novel, self.cache = shift, rc_augment, novel, cache
         self.chroms = tuple(fasta.lengths)
@@ -90,7 +101,10 @@ class GenomeSplit:
         return len(self.windows)
 
     def fetch(self, indices: list[int], *, epoch: int, train: bool) -> dict[str, Tensor]:
-        """ids [B, L], padded at the end; novel [B] in evaluation. Raises DataError."""
+        """ids [B, L], padded at the end; novel [B] in evaluation.
+
+        With on_error=skip also "valid" [B] bool; a row that is not is all N. Raises DataError.
+        """
         where = np.asarray(indices, np.int64)
         rows = self.windows[where]
         other = np.zeros(len(rows), bool)
@@ -101,13 +115,34 @@ class GenomeSplit:
             rows = rows + self._moves(where, draws[:, :1]) * [0, 1, 1]
             other = (draws[:, 1] < 0.5) & self.rc_augment
         ids_BL = np.full((len(rows), self.length), PAD, np.int64)
+        valid = np.ones(len(rows), bool)
         for i, (chrom, start, end) in enumerate(rows.tolist()):
-            ids = self.fasta.fetch(self.chroms[chrom], start, end)
+            try:
+                ids = self.fasta.fetch(self.chroms[chrom], start, end)
+            except LetterError as error:
+                if not self.skips:
+                    raise
+                self.warn(error)
+                ids, valid[i] = np.full(end - start, N), False
             ids_BL[i, : len(ids)] = reverse_complement(ids) if other[i] else ids
         batch = {"ids": torch.from_numpy(ids_BL)}
         if self.novel is not None and not train:
             batch["novel"] = torch.from_numpy(self.novel[where])
-        return batch
+        return {**batch, "valid": torch.from_numpy(valid)} if self.skips else batch
+
+    def path_of(self, index: int) -> str:
+        """Where a window lies when it is not moved."""
+        chrom, start, end = self.windows[index].tolist()
+        return f"{self.fasta.file}: {self.chroms[chrom]}:{start:,}-{end:,}"
+
+    def warn(self, error: LetterError) -> None:
+        """Say where what is skipped lies, once in this process, and not without end."""
+        known, text = len(self.named), str(error)
+        if text in self.named or known > MOST_WARNINGS:
+            return
+        self.named.add(text)
+        text = f"{text}; skipped" if known < MOST_WARNINGS else "further places are not named"
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def _moves(self, where: np.ndarray, draw_B1: np.ndarray) -> np.ndarray:
         """By how much each window moves, int64 [B, 1]: alike likely wherever it has room."""
@@ -121,8 +156,11 @@ class GenomeSplit:
         return sum(end - start for _, start, end in self.layout.regions)
 
     def sequences(self) -> list[np.ndarray]:
-        """The ids of each region that holds windows, uint8. Raises DataError."""
-        return [self.fasta.fetch(*region) for region in self.layout.regions]
+        """The ids of each region that holds windows, uint8; with on_error=skip N for what is no
+        base. Raises DataError.
+        """
+        read = self.fasta.masked if self.skips else self.fasta.fetch
+        return [read(*region) for region in self.layout.regions]
 
     def window_places(self) -> np.ndarray:
         """int64 [N, 3]: (index into sequences(), start, end) of each window."""
@@ -151,7 +189,7 @@ def split_genome(
     notes: Sequence[str] = (),
 ) -> Splits:
     """The splits of a genome in files. Raises ConfigError for files that cannot be used."""
-    reader = Fasta(fasta, name=about.name, cache=options.cache)
+    reader = Fasta(fasta, name=about.name, cache=options.cache, on_error=options.on_error)
     intervals = read_bed(bed, lengths=reader.lengths, name=about.name)
     layouts = lay_out(
         intervals, lengths=reader.lengths, length=options.length, extend=options.extend
@@ -177,6 +215,7 @@ def split_genome(
             shift=options.shift if name == "train" else 0,
             rc_augment=options.rc_augment and name == "train",
             cache=options.cache,
+            skip_limit=options.skip_limit,
         )
         for name in SPLITS
     }

@@ -29,7 +29,7 @@ import numpy as np
 from suite.cache import cache_folder, keep, recall, say_once
 from suite.data import Splits
 from suite.errors import ConfigError, shown
-from tasks.dna.sequences import LabelledOptions, Sequences
+from tasks.dna.sequences import FileOptions, Sequences
 from tasks.dna.sets import About, make_splits
 from tasks.dna.tokens import encode
 
@@ -55,7 +55,7 @@ CHUNK = 512
 
 
 @dataclass(frozen=True)
-class GenomicBenchmarksOptions(LabelledOptions):
+class GenomicBenchmarksOptions(FileOptions):
     """Settings of GenomicBenchmarks.
 
     root: the folder that holds the data sets' folders, or the folder of one.
@@ -91,7 +91,7 @@ def build_genomic_benchmarks(options: GenomicBenchmarksOptions, *, seed: int) ->
         for part in PARTS
         for label, class_ in enumerate(classes)
     ]
-    parts = load(folder, listing, cache=cache_folder(options.cache, kind="dna-sequences"))
+    parts, left_out = load(folder, listing, options=options)
     published = SIZES.get(folder.name)
     about = About(
         NAME,
@@ -102,7 +102,7 @@ def build_genomic_benchmarks(options: GenomicBenchmarksOptions, *, seed: int) ->
         task=folder.name,
         extra={"published_metric": "accuracy"},
     )
-    found = (len(parts["train"]), len(parts["test"]))
+    found = tuple(len(parts[part]) + len(left_out[part]) for part in PARTS)
     notes = []
     if published is not None and found != published:
         notes.append(
@@ -110,7 +110,13 @@ def build_genomic_benchmarks(options: GenomicBenchmarksOptions, *, seed: int) ->
             f"the published set {published[0]:,} / {published[1]:,}"
         )
     return make_splits(
-        parts["train"], parts["test"], about=about, options=options, seed=seed, notes=notes
+        parts["train"],
+        parts["test"],
+        about=about,
+        options=options,
+        seed=seed,
+        notes=notes,
+        left_out=left_out,
     )
 
 
@@ -210,11 +216,17 @@ def list_class(folder: Path, part: str, *, label: int, name: str) -> ClassFiles:
             "sequence, or to be removed from train and test"
         )
     files.sort(key=lambda entry: (len(entry.name), entry.name))
+    names = [entry.name for entry in files]
+    return ClassFiles(part, label, where, names, [stamp(entry) for entry in files])
+
+
+def stamp(entry: os.DirEntry[str]) -> tuple[int, int]:
+    """A file's size and modification time; zeros of one that cannot be opened either."""
     try:
-        stamps = [(s.st_size, s.st_mtime_ns) for s in (entry.stat() for entry in files)]
-    except OSError as error:
-        raise unreadable(str(error.filename), error) from None
-    return ClassFiles(part, label, where, [entry.name for entry in files], stamps)
+        found = entry.stat()
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns
 
 
 def unreadable(path: str, error: OSError) -> ConfigError:
@@ -226,9 +238,13 @@ def unreadable(path: str, error: OSError) -> ConfigError:
 
 
 def load(
-    folder: Path, listing: Sequence[ClassFiles], *, cache: Path | None
-) -> dict[str, Sequences]:
-    """The sequences of train and test, from `cache` if it still holds, else read and put there."""
+    folder: Path, listing: Sequence[ClassFiles], *, options: GenomicBenchmarksOptions
+) -> tuple[dict[str, Sequences], dict[str, list[str]]]:
+    """The sequences of train and test, and the files that hold none.
+
+    They come from the cache if it still holds, else they are read and put there.
+    """
+    cache = cache_folder(options.cache, kind="dna-sequences")
     many = sum(len(each.names) for each in listing) >= KEPT_FROM
     digest = listing_digest(listing)
     path = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
@@ -249,8 +265,15 @@ def load(
     labels = np.repeat([each.label for each in listing], [len(each.names) for each in listing])
     whole = Sequences.joined(arrays["ids"], arrays["lengths"], labels)
     count = sum(len(each.names) for each in listing if each.part == "train")
-    places = np.arange(len(whole))
-    return {"train": whole.take(places[:count]), "test": whole.take(places[count:])}
+    paths = paths_of(listing)
+    parts, left_out = {}, {}
+    for part, first, last in (("train", 0, count), ("test", count, len(whole))):
+        places = np.arange(first, last)
+        faulty = places[whole.lengths[places] == 0]
+        left_out[part] = [paths[i] for i in faulty]
+        options.check_faults([why_not(path) for path in left_out[part]], of=len(places), what=part)
+        parts[part] = whole.take(np.setdiff1d(places, faulty))
+    return parts, left_out
 
 
 def listing_digest(listing: Sequence[ClassFiles]) -> str:
@@ -281,8 +304,8 @@ def read_cache(file: Path, digest: str) -> dict[str, np.ndarray] | None:
 
 
 def read_all(folder: Path, listing: Sequence[ClassFiles]) -> dict[str, np.ndarray]:
-    """Read every file: all bases in one array, and the length of each sequence."""
-    paths = [os.path.join(each.folder, name) for each in listing for name in each.names]  # noqa: PTH118
+    """Read every file: all bases in one array, and the length of each, 0 of a faulty one."""
+    paths = paths_of(listing)
     chunks = [paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK)]
     ids: list[np.ndarray] = []
     lengths: list[int] = []
@@ -298,26 +321,41 @@ def read_all(folder: Path, listing: Sequence[ClassFiles]) -> dict[str, np.ndarra
     return {"ids": np.concatenate(ids), "lengths": np.array(lengths, np.int64)}
 
 
+def paths_of(listing: Sequence[ClassFiles]) -> list[str]:
+    """The files in the order in which they are read."""
+    return [os.path.join(each.folder, name) for each in listing for name in each.names]  # noqa: PTH118
+
+
 def read_chunk(paths: Sequence[str]) -> tuple[np.ndarray, list[int]]:
-    """The bases of some files and how many each has. Raises ConfigError that names the file."""
-    texts = []
+    """The bases of some files and how many each has, none of a faulty one."""
+    found = []
     for path in paths:
         try:
-            with open(path, "rb", buffering=0) as file:  # noqa: PTH123
-                texts.append(b"".join(file.read().split()))
-        except OSError as error:
-            raise unreadable(path, error) from None
-    lengths = [len(text) for text in texts]
-    if not all(lengths):
-        raise ConfigError(
-            f"data={NAME}: {shown(paths[lengths.index(0)])} is empty; remove it or get it again"
-        )
+            found.append(read_one(path))
+        except ConfigError:
+            found.append(np.empty(0, np.uint8))
+    return np.concatenate(found), [len(ids) for ids in found]
+
+
+def read_one(path: str) -> np.ndarray:
+    """The bases of a file. Raises ConfigError that names it."""
     try:
-        return encode(b"".join(texts)), lengths
-    except ValueError:
-        for path, text in zip(paths, texts, strict=True):
-            try:
-                encode(text)
-            except ValueError as error:
-                raise ConfigError(f"data={NAME}: {shown(path)}: {error}") from None
-        raise
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123
+            text = b"".join(file.read().split())
+    except OSError as error:
+        raise unreadable(path, error) from None
+    if not text:
+        raise ConfigError(f"data={NAME}: {shown(path)} is empty; remove it or get it again")
+    try:
+        return encode(text)
+    except ValueError as error:
+        raise ConfigError(f"data={NAME}: {shown(path)}: {error}") from None
+
+
+def why_not(path: str) -> str:
+    """What is wrong with a file that could not be read."""
+    try:
+        read_one(path)
+    except ConfigError as error:
+        return str(error)
+    return f"data={NAME}: {shown(path)} has changed while it was read; start again"

@@ -21,7 +21,7 @@ import numpy as np
 
 from suite.data import Splits
 from suite.errors import ConfigError, shown
-from tasks.dna.sequences import LabelledOptions, Sequences
+from tasks.dna.sequences import FileOptions, Sequences
 from tasks.dna.sets import About, make_splits
 from tasks.dna.tokens import encode
 
@@ -29,6 +29,7 @@ NAME = "nucleotide_transformer"
 PARTS = ("train", "test")
 SUFFIXES = (".fna", ".fasta", ".fa")
 TABLES = (".csv", ".parquet", ".tsv", ".json", ".jsonl")
+LONGEST_CLASS = 60  # characters; more are a sequence, or a damaged file
 MOST_CLASSES = 100  # more are names of records that were taken for classes
 HISTONES = "H3 H3K14ac H3K36me3 H3K4me1 H3K4me2 H3K4me3 H3K79me3 H3K9ac H4 H4ac"
 METRICS = {  # of each task, as published
@@ -43,7 +44,7 @@ METRICS = {  # of each task, as published
 
 
 @dataclass(frozen=True)
-class NucleotideTransformerOptions(LabelledOptions):
+class NucleotideTransformerOptions(FileOptions):
     """Settings of the Nucleotide Transformer's tasks.
 
     root: the folder that holds the tasks' folders or files.
@@ -72,13 +73,11 @@ def build_nucleotide_transformer(options: NucleotideTransformerOptions, *, seed:
     task = str(options.task)
     records = {part: read(file) for part, file in files.items()}
     classes = find_classes(records, files)
-    parts = {
-        part: Sequences.listed(
-            [encoded(record, files[part]) for record in found],
-            [classes.index(record.label) for record in found],
-        )
-        for part, found in records.items()
-    }
+    parts, left_out = {}, {}
+    for part, found in records.items():
+        usable, left_out[part] = read_usable(found, files[part], part=part, options=options)
+        labels = [classes.index(record.label) for record, _ in usable]
+        parts[part] = Sequences.listed([ids for _, ids in usable], labels)
     metric = METRICS.get(task)
     about = About(
         NAME,
@@ -91,7 +90,9 @@ def build_nucleotide_transformer(options: NucleotideTransformerOptions, *, seed:
         task=task,
         extra={} if metric is None else {"published_metric": metric},
     )
-    return make_splits(parts["train"], parts["test"], about=about, options=options, seed=seed)
+    return make_splits(
+        parts["train"], parts["test"], about=about, options=options, seed=seed, left_out=left_out
+    )
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -181,6 +182,11 @@ def parse(lines: Sequence[bytes], file: Path) -> Iterator[Record]:
                     f"data={NAME}: {shown(file)} line {number}: the header has no class; "
                     ">name|label is expected"
                 )
+            if len(label) > LONGEST_CLASS or not label.isprintable():
+                raise ConfigError(
+                    f"data={NAME}: {shown(file)} line {number}: the class "
+                    f"{label[:LONGEST_CLASS]!a} is no name; >name|label is expected"
+                )
             record = Record(number, label, [])
         elif record is not None:
             record.lines.append(line.strip())
@@ -191,6 +197,21 @@ def parse(lines: Sequence[bytes], file: Path) -> Iterator[Record]:
             )
     if record is not None:
         yield record
+
+
+def read_usable(
+    records: Sequence[Record], file: Path, *, part: str, options: FileOptions
+) -> tuple[list[tuple[Record, np.ndarray]], list[str]]:
+    """The records with their bases, and where those are that have none. Raises ConfigError."""
+    usable, left_out, faults = [], [], []
+    for record in records:
+        try:
+            usable.append((record, encoded(record, file)))
+        except ConfigError as error:
+            faults.append(str(error))
+            left_out.append(f"{file} line {record.number}")
+    options.check_faults(faults, of=len(records), what=part)
+    return usable, left_out
 
 
 def encoded(record: Record, file: Path) -> np.ndarray:

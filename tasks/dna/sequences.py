@@ -12,15 +12,17 @@ Shapes: N sequences, B of a batch, L the longest of a batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from suite.data import DataOptions
+from suite.data import SKIP_LIMIT, DataOptions, check_skip_limit, too_many
+from suite.errors import ConfigError
 from suite.randomness import uniform
 from tasks.dna.tokens import COMPLEMENT, PAD, other_strand
 
@@ -55,6 +57,29 @@ class LabelledOptions(DataOptions):
             raise ValueError(f"val_share must be above 0 and below 1, got {self.val_share}")
         if self.val_seed is not None and self.val_seed < 0:
             raise ValueError(f"val_seed must not be negative, got {self.val_seed}")
+
+
+@dataclass(frozen=True)
+class FileOptions(LabelledOptions):
+    """Settings of every labelled set that is in files.
+
+    on_error: what a sequence does that cannot be used: end the run, or be left out and counted.
+    skip_limit: the largest share of the training or test sequences that may be.
+    """
+
+    on_error: Literal["fail", "skip"] = "fail"
+    skip_limit: float = SKIP_LIMIT
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_skip_limit(self.skip_limit)
+
+    def check_faults(self, faults: Sequence[str], *, of: int, what: str) -> None:
+        """Raise ConfigError for the first of `faults` unless they may be left out. what: of."""
+        if faults and self.on_error == "fail":
+            raise ConfigError(f"{faults[0]}, or set data.on_error=skip")
+        if faults and (why := too_many(len(faults), of, limit=self.skip_limit)):
+            raise ConfigError(f"{faults[0]}; {what}: {why}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,7 +151,7 @@ class LabelledSplit:
     """A split of labelled sequences (a BatchDataset).
 
     seed: of the augmentation, or None for none. novel: [N], or None where it is not to be in the
-    batch.
+    batch. left_out: names of sequences that could not be used.
     """
 
     by_class = True  # a few of it are taken all over it: whatever the order, some of each class
@@ -137,7 +162,9 @@ class LabelledSplit:
         *,
         seed: int | None = None,
         novel: npt.NDArray[np.bool_] | None = None,
+        left_out: Sequence[str] = (),
     ) -> None:
+        self.left_out = tuple(left_out)
         self.sequences, self.seed, self.novel = sequences, seed, novel
 
     def __len__(self) -> int:

@@ -52,9 +52,11 @@ def make_splits(
     seed: int,
     sha256: str | None = None,
     notes: Sequence[str] = (),
+    left_out: Mapping[str, Sequence[str]] | None = None,
 ) -> Splits:
     """The splits of a set whose training and test sequences are known.
 
+    left_out: names of sequences of "train" and "test" that could not be used.
     sha256: of the source; None: that of the sequences. Raises ConfigError for fewer than two
     classes, a class without sequences in either, an empty sequence, a class too small to divide,
     and for reverse complements that are asked for where the label depends on the strand.
@@ -62,7 +64,7 @@ def make_splits(
     check_strand(about, options)
     check_classes(train, test, about=about)
     digest = sha256 if sha256 is not None else content_sha256(train, test, about.classes)
-    said = list(notes)
+    said, gone = list(notes), left_out or {}
     if options.max_length is not None:
         said += cut_note(train, test, options.max_length)
         train, test = train.cut(options.max_length), test.cut(options.max_length)
@@ -75,9 +77,11 @@ def make_splits(
     said += repeat_notes(train_keys, train.labels, novel, about=about)
     augment = both if options.rc_augment is None else options.rc_augment
     splits = {
-        "train": LabelledSplit(train.take(~held), seed=seed if augment else None),
+        "train": LabelledSplit(
+            train.take(~held), seed=seed if augment else None, left_out=gone.get("train", ())
+        ),
         "val": LabelledSplit(train.take(held), novel=np.ones(int(held.sum()), bool)),
-        "test": LabelledSplit(test, novel=novel),
+        "test": LabelledSplit(test, novel=novel, left_out=gone.get("test", ())),
     }
     info = DataInfo(
         name=about.name if about.task is None else f"{about.name}/{about.task}",

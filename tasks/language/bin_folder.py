@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from suite.errors import ConfigError, shown
+from suite.safety import parse_json
 
 META = "meta.json"
 FILES = {"train": "train.bin", "val": "val.bin", "test": "test.bin"}
@@ -56,7 +57,7 @@ def read_meta(folder: Path) -> Meta:
     file = folder / META
     try:
         content = file.read_bytes()
-        found = json.loads(content)
+        found = parse_json(content)
     except FileNotFoundError:
         return Meta()
     except OSError as error:

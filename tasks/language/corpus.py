@@ -21,7 +21,7 @@ from suite.errors import ConfigError, DataError, shown
 from tasks.language.magic import MAGIC, kind_of
 
 PIECE = 4 << 20  # bytes of text that a process works on at a time
-LONGEST = 1 << 30  # bytes of a line, or of what stands between two blank lines
+LONGEST = 1 << 30  # bytes of a line, of what stands between two blank lines, or of a document
 LOOKED_AT = 1000  # files whose first bytes are looked at before anything is written
 JSON_LINES = (".jsonl", ".ndjson")
 BOM = b"\xef\xbb\xbf"
@@ -260,9 +260,11 @@ def whole_file(source: Source) -> Document:
     """A file that is a document."""
     try:
         with open_source(source) as opened:
-            content = opened.read()
+            content = opened.read(LONGEST + 1)
     except (OSError, EOFError, zlib.error) as error:
         return Document("", shown(source.path), f"cannot be read ({reason(error)})")
+    if len(content) > LONGEST:  # a .gz of a MB may unpack to as much
+        return Document("", shown(source.path), f"has more than {LONGEST >> 30} GiB; divide it")
     if (kind := not_text(content[:8192])) is not None:
         return Document("", shown(source.path), f"is no text but {kind}")
     text, broken = decoded(content.removeprefix(BOM))

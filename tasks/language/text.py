@@ -12,9 +12,9 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from suite.data import SPLITS, Split, Splits
+from suite.data import SKIP_LIMIT, SPLITS, Split, Splits, check_skip_limit
 from suite.errors import ConfigError, shown
 from tasks.language.encoding import ByteEncoding, CharEncoding, Encoding
 from tasks.language.text_files import Document, endings, name_bytes, read_all
@@ -35,7 +35,8 @@ class TextOptions(LanguageDataOptions):
     separated by commas. encoding: bytes; characters, those of training; or tokenizer, with
     tokenizer: a tokenizer.json. val_share, test_share: parts of the bytes that are held out where
     no folders say it; a test_share of 0 makes the validation the test too. split_seed: of the
-    choice of documents, apart from the run's seed.
+    choice of documents, apart from the run's seed. on_error: what a file does that is no text: end
+    the run, or be left out and counted; skip_limit: the largest share of the files that may be.
     """
 
     root: str | None = None
@@ -45,6 +46,8 @@ class TextOptions(LanguageDataOptions):
     val_share: float = 0.05
     test_share: float = 0.05
     split_seed: int = 0
+    on_error: Literal["fail", "skip"] = "fail"
+    skip_limit: float = SKIP_LIMIT
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +61,7 @@ class TextOptions(LanguageDataOptions):
             )
         if self.tokenizer is None and self.encoding == "tokenizer":
             raise ValueError("tokenizer must name a tokenizer.json where encoding is tokenizer")
+        check_skip_limit(self.skip_limit)
         if not 0 < self.val_share < 1:
             raise ValueError(f"val_share must be above 0 and below 1, got {self.val_share}")
         if not 0 <= self.test_share < 1 or self.val_share + self.test_share >= 1:
@@ -77,7 +81,13 @@ def build_text(options: TextOptions, *, seed: int) -> Splits:
     if options.root is None:
         raise ConfigError("data=text: needs data.root=PATH, a text file or a folder of them")
     root = Path(options.root).expanduser()
-    documents, notes = read_all(root, suffixes=options.suffixes, utf8=options.encoding != "bytes")
+    documents, notes, left_out, listed = read_all(
+        root,
+        suffixes=options.suffixes,
+        utf8=options.encoding != "bytes",
+        on_error=options.on_error,
+        limit=options.skip_limit,
+    )
     folders = split_folders(root)
     if root.is_file():
         parts = cut(documents[0], options)
@@ -93,7 +103,7 @@ def build_text(options: TextOptions, *, seed: int) -> Splits:
         parts["test"] = parts["val"]
         notes.append("the validation is the test too: there is no text for a test")
     encoding = encoding_for(parts, options)
-    return token_splits(
+    splits = token_splits(
         {
             split: join_documents(
                 [encoding.encode(each.content) for each in parts[split]], encoding=encoding
@@ -109,6 +119,9 @@ def build_text(options: TextOptions, *, seed: int) -> Splits:
         vocab_size=encoding.vocab_size,
         notes=notes + size_notes(parts, documents),
     )
+    train: Any = splits.train  # which split they would have been in is not known of all
+    train.left_out, train.listed = tuple(left_out), listed
+    return splits
 
 
 def encoding_for(parts: Parts, options: TextOptions) -> Encoding:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from suite.data import SKIP_LIMIT, too_many
 from suite.errors import ConfigError, shown
 from tasks.language.magic import kind_of
 
@@ -23,8 +24,22 @@ class Document(NamedTuple):
     content: bytes
 
 
-def read_all(root: Path, *, suffixes: str, utf8: bool) -> tuple[list[Document], list[str]]:
-    """The documents by name, and notes. Raises ConfigError for what is no text."""
+class Texts(NamedTuple):
+    """What was read: the documents by name, notes, the files that are no text, of how many."""
+
+    documents: list[Document]
+    notes: list[str]
+    left_out: list[str]
+    listed: int
+
+
+def read_all(
+    root: Path, *, suffixes: str, utf8: bool, on_error: str = "fail", limit: float = SKIP_LIMIT
+) -> Texts:
+    """The documents. Raises ConfigError for what is no text, or for too much of it.
+
+    on_error: "skip" leaves it out. limit: the largest share of the files that may be.
+    """
     if not root.exists():
         raise ConfigError(
             f"data=text: data.root={shown(root)} is not there; name a text file or a folder of them"
@@ -33,15 +48,23 @@ def read_all(root: Path, *, suffixes: str, utf8: bool) -> tuple[list[Document], 
         names = {root.name: root}
     else:
         names = find_texts(root, suffixes=suffixes)
-    documents = [
-        Document(name, read_text(file, utf8=utf8))
-        for name, file in sorted(names.items(), key=lambda item: name_bytes(item[0]))
-    ]
+    documents, left_out, faults = [], [], []
+    for name, file in sorted(names.items(), key=lambda item: name_bytes(item[0])):
+        try:
+            documents.append(Document(name, read_text(file, utf8=utf8)))
+        except ConfigError as error:
+            if on_error == "fail":
+                raise
+            left_out.append(str(file))
+            faults.append(str(error))
+    if faults and (why := too_many(len(faults), len(names), limit=limit)):
+        raise ConfigError(f"{faults[0]}; {why}")
     found = [each for each in documents if each.content]
     if not found:
         raise ConfigError(f"data=text: {shown(root)} has no text: {len(names)} files, all empty")
     empty = len(documents) - len(found)
-    return found, [f"{empty:,} empty files are left out"] if empty else []
+    notes = [f"{empty:,} empty files are left out"] if empty else []
+    return Texts(found, notes, left_out, len(names))
 
 
 def find_texts(root: Path, *, suffixes: str) -> dict[str, Path]:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from suite.errors import ConfigError, DataError, shown
-from suite.train import INTERRUPTED, complain
+from suite.train import complain
 from tasks.language.bin_folder import META
 from tasks.language.bin_progress import Display
 from tasks.language.bin_workers import Characters, Encoder, Job, in_order
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         complain("interrupted; the same command goes on from where this one stopped")
-        return INTERRUPTED
+        return 130
 
 
 def run(settings: Settings) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from suite.errors import ConfigError, shown
+from suite.safety import parse_json
 from tasks.language.encoding import id_dtype
 
 TOKENIZER_JSON = "tokenizer.json"  # what it is called beside a token_bin
@@ -100,7 +101,7 @@ def load_tokenizer(path: str | Path) -> TokenizerEncoding:
     except OSError as error:
         raise wrong(file, f"cannot be read ({error.strerror})") from None
     try:
-        spec = json.loads(content)
+        spec = parse_json(content)
     except ValueError:  # of JSON or of UTF-8
         raise wrong(file, "is not JSON; a tokenizer.json of Hugging Face is needed") from None
     if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):

@@ -58,7 +58,7 @@ class Beam:
                 self.decoder, known = _decoder(labels, options, lm=lm, lexicon=lexicon)
                 if known:
                     return
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:
             reason = str(error).strip().splitlines()[-1]
             raise ConfigError(
                 f"task.lm={lm}: is no KenLM model, .arpa or .bin, that can be read: {reason}"

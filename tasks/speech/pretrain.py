@@ -90,6 +90,7 @@ class Pretrain(SuiteModule):
     """Batch: audio [B, S], length [B] in samples, valid [B], sample_id [B], epoch [B]."""
 
     model: ForPretraining
+    carried = ("_window",)
 
     def __init__(self, model: Any, **kwargs: Any) -> None:
         super().__init__(model, **kwargs)
@@ -197,7 +198,7 @@ class Pretrain(SuiteModule):
         if split == "train":
             seen = [*sums.values(), torch.stack([info.detach(), same, masked.to(info)])]
             held = self._window or [torch.zeros_like(v) for v in seen]
-            self._window = [a + b for a, b in zip(held, seen, strict=True)]
+            self._window = [a.to(b.device) + b for a, b in zip(held, seen, strict=True)]
             return StepOutput(loss_sum, masked, logs=logs, units=seconds)
         return StepOutput(loss_sum, masked, logs=logs, metric_inputs=sums, units=seconds)
 

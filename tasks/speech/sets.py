@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from suite.cache import cache_folder
-from suite.data import DataInfo, Splits
+from suite.data import DataInfo, Splits, too_many
 from suite.errors import ConfigError, shown
 from tasks.speech.audio import SAMPLE_RATE, AudioError, UnreadableError, check_format
 from tasks.speech.clips import Clips, FileClips
@@ -175,8 +175,8 @@ def make_splits(
         )
     splits, said = {}, list(notes)
     for split, part in parts.items():
-        kept, left_out = keep(part, split=split, name=about.name, options=options, words=words)
-        said += left_out
+        kept, faulty, out = keep(part, split=split, name=about.name, options=options, words=words)
+        said += out
         splits[split] = AudioSplit(
             part.clips,
             kept,
@@ -185,6 +185,7 @@ def make_splits(
             seed=seed,
             train=split == "train",
             words=words,
+            left_out=[part.clips.path(i) for i in faulty],
         )
     train = splits["train"]
     if train.cropped and train.share < LITTLE_KEPT:
@@ -198,10 +199,11 @@ def make_splits(
 
 def keep(
     part: Part, *, split: str, name: str, options: AudioOptions, words: bool
-) -> tuple[Places, list[str]]:
-    """The places of a part that can be used, and a note on the others.
+) -> tuple[Places, list[int], list[str]]:
+    """The places of a part that can be used, those that are faulty, and a note on the others.
 
-    Raises ConfigError for the first that is faulty with on_error=fail, or if none is left.
+    Raises ConfigError for the first that is faulty with on_error=fail, if too many are with
+    on_error=skip, or if none is left.
     """
     places, clips, reasons = part.places, part.clips, []
     faulty = [int(i) for i in places if int(i) in clips.faults] if clips.faults else []
@@ -210,7 +212,10 @@ def keep(
         first = f"{shown(clips.path(faulty[0]))}: {clips.faults[faulty[0]]}"
         if options.on_error == "fail":
             raise ConfigError(f"data={name}: {first}{more}")
-        reasons.append(f"{len(faulty):,} faulty (the first: {first.removesuffix(f'; {REPAIR}')})")
+        first = first.removesuffix(f"; {REPAIR}")
+        if why := too_many(len(faulty), len(part.places), limit=options.skip_limit):
+            raise ConfigError(f"data={name}: {split}: {why}; the first is {first}")
+        reasons.append(f"{len(faulty):,} faulty (the first: {first})")
         places = np.setdiff1d(places, np.array(faulty))
     short = clips.lengths[places] < options.min_samples
     if short.any():
@@ -228,9 +233,8 @@ def keep(
         )
     out = len(part.places) - len(places)
     total = len(part.places)
-    return places, [f"{split}: {out:,} of {total:,} clips left out: {'; '.join(reasons)}"] * bool(
-        out
-    )
+    note = f"{split}: {out:,} of {total:,} clips left out: {'; '.join(reasons)}"
+    return places, faulty, [note] * bool(out)
 
 
 def keep_alignable(

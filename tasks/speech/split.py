@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 
 from suite.buckets import LengthBuckets
-from suite.data import DataOptions
+from suite.data import SKIP_LIMIT, DataOptions, check_skip_limit
 from suite.errors import DataError
 from suite.randomness import uniform
 from tasks.speech import text
@@ -51,6 +53,7 @@ class AudioOptions(DataOptions):
     normalize: zero mean and unit variance in every clip, as large_lv60k was trained.
     resample, mix_channels: take files of another rate than 16 kHz, or of several channels.
     on_error: what a clip does that cannot be used: end the run, or be left out and counted.
+    skip_limit: the largest share of a split that may be left out so.
     cache: folder where the lengths of files are kept; None: the user's cache folder; "none":
         nowhere.
     """
@@ -67,12 +70,14 @@ class AudioOptions(DataOptions):
     resample: bool = False
     mix_channels: bool = False
     on_error: Literal["fail", "skip"] = "fail"
+    skip_limit: float = SKIP_LIMIT
     cache: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.drop_last:
             raise ValueError("drop_last must be false: every clip is in one batch of an epoch")
+        check_skip_limit(self.skip_limit)
         shortest = RECEPTIVE / SAMPLE_RATE
         if not (math.isfinite(self.batch_seconds) and self.batch_seconds > 0):
             raise ValueError(f"batch_seconds must be above 0, got {self.batch_seconds}")
@@ -108,7 +113,7 @@ class AudioSplit:
 
     lengths: [N] samples that a batch holds of each. words: batches hold the transcripts, and no
     clip is cropped. by_class: clips are in order of speakers. skips: whether rows may turn out to
-    be unreadable (on_error=skip).
+    be unreadable (on_error=skip), skip_limit: how many. left_out: files that were already.
     """
 
     def __init__(
@@ -121,9 +126,11 @@ class AudioSplit:
         seed: int,
         train: bool,
         words: bool,
+        left_out: Sequence[str] = (),
     ) -> None:
         self.clips, self.places, self.name, self.seed = clips, places, name, seed
-        self.normalize, self.skips = options.normalize, options.on_error == "skip"
+        self.normalize, self.skip_limit = options.normalize, options.skip_limit
+        self.skips, self.left_out = options.on_error == "skip", list(left_out)
         self.vocabulary: str | None = text.LABELS if words else None
         whole = clips.lengths[places]
         longest = None if words else options.max_samples
@@ -219,6 +226,8 @@ class AudioSplit:
         except AudioError as error:
             if not self.skips:
                 raise DataError(f"data={self.name}: {error}; {REPAIR}") from None
+            if not Path(error.path).parent.exists():  # with its folder a whole disk may be gone
+                raise DataError(f"data={self.name}: {error}, nor does its folder") from None
             self.warn(error)
             return None
         return normalized(whole)[start : start + count]

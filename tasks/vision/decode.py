@@ -16,6 +16,7 @@ Real trees hold more than RGB JPEGs: ImageNet has grey, CMYK and one PNG that is
 
 from __future__ import annotations
 
+import errno
 import os
 from io import BytesIO
 from pathlib import Path
@@ -31,6 +32,17 @@ FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 
 
+# errno of a file of which this much alone is wrong: gone, closed to this user, a link to nothing
+OWN_FAULTS = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
+
+
 class ReadError(Exception):
     """A file that the disk or the system does not give: that is no matter of one image."""
 
@@ -43,14 +55,17 @@ class ReadError(Exception):
 
 
 class DecodeError(Exception):
-    """A file that is no image, or a damaged one. path: of the file; reason: a few words."""
+    """A file that is no image, or a damaged one, or that is gone from a folder which is there.
 
-    def __init__(self, path: str, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path, self.reason = path, reason
+    path: of the file; reason: a few words; verb: what cannot be done with it.
+    """
+
+    def __init__(self, path: str, reason: str, verb: str = "decoded") -> None:
+        super().__init__(path, reason, verb)
+        self.path, self.reason, self.verb = path, reason, verb
 
     def __str__(self) -> str:
-        return f"{shown(self.path)} cannot be decoded ({self.reason})"
+        return f"{shown(self.path)} cannot be {self.verb} ({self.reason})"
 
 
 def open_image(path: str | os.PathLike[str]) -> Any:
@@ -60,7 +75,11 @@ def open_image(path: str | os.PathLike[str]) -> Any:
     try:
         content = Path(path).read_bytes()
     except OSError as error:
-        raise ReadError(os.fspath(path), error.strerror or str(error)) from None
+        reason = error.strerror or str(error)
+        # a disk that is gone takes the folder with it, and must not pass for many broken images
+        if error.errno in OWN_FAULTS and Path(path).parent.is_dir():
+            raise DecodeError(os.fspath(path), reason, "read") from None
+        raise ReadError(os.fspath(path), reason) from None
     try:
         with Image.open(BytesIO(content), formats=FORMATS) as image:
             image.load()

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from suite.cache import cache_folder
-from suite.data import DataInfo, Splits
+from suite.data import SKIP_LIMIT, DataInfo, Splits, check_skip_limit
 from suite.errors import ConfigError, DataError, shown
 from tasks.vision.augment import Augment, EvalTransform, VisionDataOptions
 from tasks.vision.decode import DecodeError, ReadError, open_image
@@ -70,6 +70,7 @@ class ImageFolderOptions(VisionDataOptions):
     train; only: there is no train folder, and weights can be evaluated, not trained.
     val_fraction, test_fraction: the shares, where a folder is divided.
     on_error: what a file does that cannot be decoded: end the run, or count for nothing.
+    skip_limit: the largest share of a split that may count for nothing.
     cache: folder where indices are kept; None: the user's cache folder; "none": nowhere.
     timm_cfg: take mean, std, crop_pct, interpolation and image_size from the checkpoint of this
     name in timm, or from a Hugging Face config.json.
@@ -85,6 +86,7 @@ class ImageFolderOptions(VisionDataOptions):
     val_fraction: float = 0.1
     test_fraction: float = 0.1
     on_error: Literal["fail", "skip"] = "fail"
+    skip_limit: float = SKIP_LIMIT
     cache: str | None = None
     timm_cfg: str | None = None
 
@@ -97,6 +99,7 @@ class ImageFolderOptions(VisionDataOptions):
         for name in ("val_fraction", "test_fraction"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be above 0 and below 1, got {getattr(self, name)}")
+        check_skip_limit(self.skip_limit)
         if self.val_fraction + self.test_fraction >= 1:
             raise ValueError(
                 f"val_fraction must be below 1 - test_fraction, {1 - self.test_fraction:g}, to "
@@ -111,8 +114,8 @@ class ImageFolderOptions(VisionDataOptions):
 class FolderSplit:
     """One split: an index, or those of its places that belong to the split.
 
-    skips: whether rows may turn out to be unreadable (on_error=skip). by_class: the samples stand
-        in the order of their classes.
+    skips: whether rows may turn out to be unreadable (on_error=skip); skip_limit: how many.
+    by_class: the samples stand in the order of their classes.
     """
 
     def __init__(
@@ -128,7 +131,8 @@ class FolderSplit:
         self.index, self.name, self.places = index, name, places
         self.by_class = True
         self.labels = torch.from_numpy(index.labels.astype(np.int64))
-        self.size, self.skips = made.image_size, options.on_error == "skip"
+        self.size = made.image_size
+        self.skips, self.skip_limit = options.on_error == "skip", options.skip_limit
         self.augment = Augment(
             options, image_size=made.image_size, mean=made.mean, std=made.std, seed=seed
         )

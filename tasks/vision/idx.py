@@ -8,6 +8,7 @@ not, and each is checked before training starts. Only data.download=true goes th
 from __future__ import annotations
 
 import gzip
+import math
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,7 @@ def read_idx(path: Path, *, shape: tuple[int, ...], name: str, hint: str = "") -
     packed = path.suffix == ".gz"
     try:
         with gzip.open(path) if packed else path.open("rb") as file:
-            content = file.read()
+            content = file.read(max(1 << 20, 2 * math.prod(shape)))  # of a bomb no more
     except (OSError, EOFError, zlib.error) as error:
         what = "is damaged or not gzip" if packed else "cannot be read"
         raise ConfigError(f"{start} {what} ({error}). {hint}") from None

@@ -29,7 +29,7 @@ from suite.cache import keep, recall, say_once
 from suite.errors import ConfigError, shown
 from tasks.vision.decode import EXTENSIONS
 
-VERSION = 2
+VERSION = 3
 SUFFIXES = tuple(suffix.encode() for suffix in EXTENSIONS)
 SETTLED_NS = 2_000_000_000  # a folder may change again within one tick of the file system's clock
 TALK_S = 2.0  # between two lines of progress
@@ -157,6 +157,8 @@ def read_folder(where: bytes, path: bytes) -> Folder:
                 files.append((entry.name, entry.stat().st_size))
             elif entry.is_dir():
                 folders.append(entry.name)
+            elif entry.name.lower().endswith(SUFFIXES) and entry.is_symlink():
+                files.append((entry.name, 0))  # a link to nothing: said when it is to be read
     times = (status.st_mtime_ns, status.st_ctime_ns)
     return Folder(path, *times, (status.st_dev, status.st_ino), folders, files)
 

@@ -76,6 +76,7 @@ def test_our_side_is_the_stack_that_a_run_has(pair: Any) -> None:
     assert {
         *("NonFiniteGuard", "Throughput", "PrimaryTracker", "NormStatistics", "SuiteProgressBar"),
         *("ModelCheckpoint", "JsonlLogger", "TensorBoardLogger", "BackendProof"),
+        *("DivergenceWatch", "StopTogether"),
     } == set(pair.parts_on)
     assert rich.get_console() is console
     assert not isinstance(console.file, io.TextIOWrapper) or not console.file.closed

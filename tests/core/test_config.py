@@ -171,7 +171,7 @@ EARLY = {
     "optim.warmup_steps=3 optim.warmup_fraction=0.1": "cannot be given together with warmup_steps",
     "optim.warmup_fraction=2": "must be from 0 to 1",
     "optim.schedule=tri_stage optim.hold_fraction=0.9 optim.decay_fraction=0.2": "not be above 1",
-    "run.resume=auto": "run.resume=auto: cannot be auto: write the run's folder, or never",
+    "run.nonfinite=sometimes": "run.nonfinite=sometimes: must be one of stop, skip",
     "run.resume=nowhere": "run.resume=nowhere: no such run",
     "run.compile=fast": "must be one of default, reduce-overhead, max-autotune",
     "run.dist_timeout=0": "run.dist_timeout=0: must be 1 or more",

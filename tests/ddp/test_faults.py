@@ -20,6 +20,8 @@ from typing import Any
 
 import pytest
 
+from suite.saving import newest
+
 pytestmark = pytest.mark.ddp
 TIMEOUT = 80
 BASE = [
@@ -101,7 +103,7 @@ def assert_nothing_is_left(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.timeout(2 * TIMEOUT + 10)
-def test_sigterm_to_the_first_process_ends_both(runs: dict[str, Any]) -> None:
+def test_sigterm_to_the_first_process_ends_both_with_a_checkpoint(runs: dict[str, Any]) -> None:
     """As a container's or a scheduler's stop does. Lightning's own handler hung in a broadcast."""
     log = runs["folder"] / "none" / "metrics.jsonl"
     until = time.monotonic() + TIMEOUT
@@ -109,8 +111,12 @@ def test_sigterm_to_the_first_process_ends_both(runs: dict[str, Any]) -> None:
         time.sleep(0.1)
     runs["none"].send_signal(signal.SIGTERM)
     code, output = end(runs, "none")
-    assert code == 130, output
-    assert record(runs, "none")["status"] == "interrupted"
+    assert code == 143, output
+    found = record(runs, "none")
+    assert found["status"] == "interrupted"
+    folder = runs["folder"] / "none"
+    assert found["error"] == f"preempted by SIGTERM; saved {folder / 'checkpoints' / 'last.ckpt'}"
+    assert newest(folder)[0] == folder / "checkpoints" / "last.ckpt"
     assert_nothing_is_left(runs["none"])
 
 
@@ -119,7 +125,9 @@ def test_a_nan_on_one_rank_ends_both_with_the_record_of_it(runs: dict[str, Any])
     code, output = end(runs, "nan")
     assert code == 3, output
     assert record(runs, "nan")["status"] == "diverged"
-    assert "error (rank 1): non-finite loss or gradient at step 3" in output
+    text = "non-finite loss or gradient at step 3, epoch 0, rank 1: first non-finite output"
+    assert record(runs, "nan")["error"].startswith(text)
+    assert output.count(f"error: {text}") == 1
     assert "batch['image']" in output
     assert_nothing_is_left(runs["nan"])
 
@@ -139,7 +147,7 @@ def test_a_rank_that_fails_before_the_first_step_is_recorded(runs: dict[str, Any
 def test_ranks_of_torchrun_test_the_same_weights_each_example_once(
     runs: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Rank 1 comes late and numbers another folder; the best weights are not the last ones."""
+    """Rank 0 alone chooses the folder; the best weights are not the last ones."""
     from suite.train import main
 
     for rank in ("1", "0"):
@@ -184,22 +192,19 @@ def worker(fault: str, tokens: list[str]) -> int:
 
         suite.run.build_parts = fail
     if fault == "late":
-        log, choose = SuiteModule.log_dict, suite.run.choose_folder
+        log, choose = SuiteModule.log_dict, suite.run.choose_place
 
         def falling(self: Any, values: dict[str, Any], **kwargs: Any) -> None:
             if "val/acc" in values:
                 values = {**values, "val/acc": torch.tensor(1.0 / self.trainer.global_step)}
             log(self, values, **kwargs)
 
-        def late(config: Any) -> Path:
-            until = time.monotonic() + TIMEOUT / 2
-            while second and not list(Path.cwd().glob("runs/*/*/*/config.yaml")):
-                time.sleep(0.05)
-                assert time.monotonic() < until
+        def of_the_first(config: Any) -> Any:
+            assert not second
             return choose(config)
 
         SuiteModule.log_dict = falling  # type: ignore[method-assign, assignment]
-        suite.run.choose_folder = late
+        suite.run.choose_place = of_the_first
     return main(tokens)
 
 

@@ -15,9 +15,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from photographs import write_tree
+from spoiled import NAN, Run
 
 import suite.build
 from suite.ema import WeightEMA
+from suite.nonfinite import NonFiniteGuard
 from suite.norms import NORMS, make_norm
 from suite.train import main
 
@@ -136,3 +138,33 @@ def test_two_gpus_give_the_losses_of_one() -> None:
         subprocess.run([sys.executable, "-m", "suite.train", *tokens], check=True, timeout=300)
     one, two = ([r.get("train/loss") for r in rows(str(w))] for w in (1, 2))
     assert one == pytest.approx(two, rel=1e-3)
+
+
+@pytest.mark.parametrize("optim", ["adamw", "sgd"])
+def test_the_device_leaves_a_bad_step_out_as_the_host_does_and_nobody_waits(optim: str) -> None:
+    """The first step too, whose momentum torch's fused SGD would leave without values."""
+
+    class AtOnce(NonFiniteGuard):
+        @staticmethod
+        def _waits(norm: torch.Tensor) -> bool:
+            return False
+
+    class Watched(NonFiniteGuard):
+        """A wait in a step whose flag is good is an error; torch's fused SGD waits once."""
+
+        def on_gradients(self, module: Any, norm: torch.Tensor) -> None:
+            calm = module.updates in (4, 5)
+            torch.cuda.set_sync_debug_mode("error" if calm else "default")
+            super().on_gradients(module, norm)
+            torch.cuda.set_sync_debug_mode("default")
+
+    ends = []
+    for guard in (AtOnce("skip"), Watched("skip")):
+        tokens = ["trainer.accelerator=gpu", "norm=batchnorm", f"optim.name={optim}"]
+        run = Run(*tokens, "optim.fused=true", guard=guard)
+        run.damage({run.at(p)[0]: NAN for p in (0, 2)}).fit()
+        assert run.guard.summary() == {"policy": "skip", "skipped": 2, "steps": [1, 3]}
+        ends.append(run.weights)
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(weight, ends[1][name], rtol=1e-5, atol=1e-6)
+        assert weight.isfinite().all()

@@ -1,6 +1,6 @@
 """What only a GPU shows of speech: steps in mixed precision that wait for nothing, equal draws.
 
-Not yet run on a GPU. `tox -e gpu` runs them; without a GPU they are skipped.
+They pass on an H100 with torch 2.11.0. `tox -e gpu` runs them; without a GPU they are skipped.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from suite.errors import shown
-from tasks.vision.decode import DecodeError, ReadError, open_image
+from tasks.vision.decode import DecodeError, open_image
 from tasks.vision.fashion_mnist import MINI_FILE, read_mini
 
 pytestmark = pytest.mark.vision
@@ -174,9 +174,9 @@ def test_what_is_no_whole_image_is_one_line_that_names_the_file(tmp_path, colour
 
 def test_a_folder_and_a_missing_file_are_named_too(tmp_path):
     (tmp_path / "a.jpg").mkdir()
-    with pytest.raises(ReadError, match=r"cannot be read .*directory"):
+    with pytest.raises(DecodeError, match=r"cannot be read .*directory"):
         open_image(tmp_path / "a.jpg")
-    with pytest.raises(ReadError, match="No such file"):
+    with pytest.raises(DecodeError, match="No such file"):
         open_image(tmp_path / "b.jpg")
 
 

@@ -104,7 +104,7 @@ def test_with_skip_broken_files_are_counted_and_change_no_other_row(
     assert [Path(p).name for p in unreadable["train"]["files"]] == ["3.jpg", "0.jpg"]
     assert unreadable["val"]["count"] == 1
     assert found["metrics"]["val/count"] == 23
-    assert "2 unreadable files of train were left out" in capsys.readouterr().err
+    assert "could not be read and were left out" in capsys.readouterr().err
 
 
 def test_what_could_not_be_read_is_known_after_a_crash_and_a_resume(
@@ -125,19 +125,23 @@ def test_a_run_that_could_read_nothing_fails(capsys: pytest.CaptureFixture[str])
     names = [f"train/{name}/{k}.jpg" for name in NAMES for k in range(16)]
     write_tree(Path("photos"), broken=names)
     assert main([*SHORT, "data.root=photos", "data.on_error=skip", "run.dir=a"]) == 1
-    assert "no training example of this epoch could be read" in one_line(capsys)
+    line = one_line(capsys)
+    assert "of 64 examples cannot be read" in line
+    assert "data.skip_limit" in line
     assert result("a")["status"] == "failed"
 
 
-def test_a_file_that_is_gone_is_not_skipped() -> None:
+def test_a_file_that_is_gone_is_skipped_and_a_folder_that_is_gone_is_not() -> None:
     """A disk that disappears must not pass for a set of broken images."""
     root = write_tree(Path("photos"))
     options = ImageFolderOptions(root=str(root), image_size=32, on_error="skip")
     train = build_image_folder(options, seed=0).train
     assert train.fetch([0, 1], epoch=0, train=True)["valid"].all()
     Path(train.path_of(1)).unlink()
+    assert train.fetch([0, 1], epoch=0, train=True)["valid"].tolist() == [True, False]
+    shutil.rmtree(Path(train.path_of(1)).parent)
     with pytest.raises(DataError, match=r"1\.jpg cannot be read \(No such file or directory\)"):
-        train.fetch([0, 1], epoch=0, train=True)
+        train.fetch([1, 0], epoch=0, train=True)
 
 
 def published(name: str, file: Path, **options: Any) -> torch.nn.Module:
