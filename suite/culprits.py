@@ -21,9 +21,10 @@ from suite.data import AddressedDataset, SuiteDataModule
 from suite.module import Batch, SuiteModule
 from suite.norms import norm_modules
 from suite.randomness import derive
-from suite.ranks import world_size
+from suite.ranks import from_first, world_size
 from suite.saving import newest
 
+OF_ALL = "the loss"
 ADVICE = "Lower optim.lr, set trainer.gradient_clip_val=1, or look at these samples"
 
 
@@ -48,7 +49,6 @@ class Finding:
     samples: list[int] = field(default_factory=list)
     sites: list[str] = field(default_factory=list)
     gradients: list[str] = field(default_factory=list)
-    checkpoint: str | None = None
     trouble: str | None = None
 
 
@@ -62,6 +62,9 @@ def blame(module: SuiteModule, suspect: Suspect, *, advice: bool = True) -> str:
     if whole and suspect.positions and not any(f.sites or f.trouble for f in findings):
         findings = gathered(investigate(module, suspect, gradients=True))
     guilty = [f for f in findings if f.sites or f.gradients]
+    if any(f.sites[0] != OF_ALL for f in guilty if f.sites):
+        # a loss may hold sums of all processes, so that it is non-finite in the others as well
+        guilty = [f for f in guilty if f.sites[:1] != [OF_ALL]]
     where = f"step {suspect.step}, epoch {suspect.epoch}"
     if guilty:
         ranks = " and ".join(str(f.rank) for f in guilty[:4]) + " and others" * (len(guilty) > 4)
@@ -78,7 +81,7 @@ def blame(module: SuiteModule, suspect: Suspect, *, advice: bool = True) -> str:
         text = f"non-finite loss or gradient at {where}: {reason}{'; ' if ids else ''}{ids}"
     if not advice:
         return text
-    kept = findings[0].checkpoint
+    kept = from_first(lambda: last_good(module))  # reads all of it, which may take a minute
     return f"{text}. {kept or 'There is no checkpoint yet'}. {ADVICE}"
 
 
@@ -116,7 +119,7 @@ def investigate(module: SuiteModule, suspect: Suspect, *, gradients: bool) -> Fi
 
     gradients: the backward passes too.
     """
-    finding = Finding(module.global_rank, checkpoint=last_good(module))
+    finding = Finding(module.global_rank)
     if not suspect.positions:
         return finding
     seen: list[int] = []
@@ -207,7 +210,7 @@ def locate(module: SuiteModule, batch: Batch) -> list[str]:
     with watch_outputs(module.model, found):
         out = module.step(batch, "train")
     if not out.loss_sum.isfinite():
-        found.append("the loss")
+        found.append(OF_ALL)
     return found
 
 
@@ -254,7 +257,7 @@ def watch_outputs(model: nn.Module, found: list[str]) -> Iterator[None]:
 
 def last_good(module: SuiteModule) -> str | None:
     """Which checkpoint is left to go on from, as a sentence without its full stop."""
-    if module.folder is None or module.global_rank:
+    if module.folder is None:
         return None
     path, _ = newest(module.folder)
     return None if path is None else f"The last good checkpoint is {path}"

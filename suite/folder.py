@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,19 +22,24 @@ from suite.decision import job, restarted
 from suite.errors import ConfigError, shown
 from suite.metrics import is_main_process, write_text
 from suite.records import read_result
-from suite.saving import newest, problem, sweep_unfinished
+from suite.saving import FOLDER, newest, problem, sweep_unfinished
 from suite.sources import check_own_files
 
 FOLDER_VARIABLE = "SUITE_RUN_DIR"  # rank 0's choice, for the processes that Lightning starts
 CHECKPOINT_VARIABLE = "SUITE_RUN_CHECKPOINT"
 PARENT_VARIABLE = "SUITE_RUN_PARENT"
 LOCK = ".lock"
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # a folder from elsewhere may have made it one
 # What a resumed run may change, and what of that it may not: the position in the data is a number
 # of micro-batches of an epoch's length.
 PLACES = ("data.root", "data.cache", "data.download", "data.num_workers")
 FREE = ("run.", "trainer.", "evaluate", "recipe", *PLACES, "norm.backend", "norm.recompute")
 FIXED = ("trainer.accumulate_grad_batches", "trainer.limit_train_batches")
-BUDGET = ("trainer.max_epochs", "trainer.max_steps")  # the same run to "auto" has the same
+BUDGET = (
+    "trainer.max_epochs",
+    "trainer.max_steps",
+    "trainer.max_time",
+)  # the same run to "auto" has the same
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ def choose_place(config: Config) -> Place:
     if restarted() and (own := next(_of_this_job(config), None)) is not None:
         return _go_on(config, own)
     if is_main_process():
-        check_run_dir(config)
+        _check_free(config)
     return Place(_new_folder(config))
 
 
@@ -76,14 +82,15 @@ def _named(config: Config) -> Place:
     """The run that run.resume=PATH names."""
     path = Path(config.run.resume).expanduser()
     folder = run_folder(path)
-    if config.run.dir is not None and Path(config.run.dir).resolve() != folder.resolve():
+    check_own_files(folder)
+    if (given := _given_folder(config)) is not None and given.resolve() != folder.resolve():
         raise ConfigError(
             f"run.dir={config.run.dir}: a resumed run goes on in its own folder, {folder}; "
             "leave run.dir out, or start a new run with model.init_from"
         )
     notes: tuple[str, ...] = ()
     if path.is_dir():
-        checkpoint, skipped = newest(path)
+        checkpoint, skipped = newest(folder)
         notes = _skipped(skipped)
         if checkpoint is None and skipped:
             raise _none_verifies(config, folder, skipped)
@@ -94,7 +101,7 @@ def _named(config: Config) -> Place:
                 f"run.resume={path}: {reason}; give the run's folder to go on from its newest "
                 "checkpoint that verifies"
             )
-    checkpoint = checkpoint or find_checkpoint(path, key="run.resume", prefer="last")
+    checkpoint = checkpoint or find_checkpoint(folder, key="run.resume", prefer="last")
     _check_same(config, checkpoint, fixed=FIXED)
     _check_unlocked(folder, key="run.resume")
     return Place(folder, checkpoint, notes=notes)
@@ -102,10 +109,9 @@ def _named(config: Config) -> Place:
 
 def _automatic(config: Config) -> Place:
     """run.dir's run, or the newest of this very config that is not over; else a new one."""
-    if config.run.dir is not None:
-        folder = Path(config.run.dir).expanduser()
+    if (folder := _given_folder(config)) is not None:
         if not holds_a_run(folder):
-            check_run_dir(config)
+            _check_free(config)
             return Place(folder)
         _check_unlocked(folder, key="run.dir")
         return _go_on(config, folder)
@@ -118,13 +124,16 @@ def _automatic(config: Config) -> Place:
         else:
             place = _go_on(config, folder)
             return replace(place, notes=(*notes, *place.notes))
-    check_run_dir(config)
+    _check_free(config)
     return Place(_new_folder(config), notes=tuple(notes))
 
 
 def _go_on(config: Config, folder: Path) -> Place:
     """The folder's newest checkpoint that verifies, or its beginning where it has none."""
     check_own_files(folder)
+    resume = config.run.resume
+    if _is_done(config, folder):
+        return Place(folder, done=True, notes=(f"run.resume={resume}: {folder} is done",))
     checkpoint, skipped = newest(folder)
     if checkpoint is None and skipped:
         raise _none_verifies(config, folder, skipped)
@@ -136,10 +145,8 @@ def _go_on(config: Config, folder: Path) -> Place:
             )
         return Place(folder, again=True)
     _check_same(config, checkpoint, fixed=(*FIXED, *BUDGET))
-    done = _status(folder) == "done"
-    words = "is done" if done else f"goes on from {checkpoint.name}"
-    notes = (*_skipped(skipped), f"run.resume={config.run.resume}: {folder} {words}")
-    return Place(folder, checkpoint, done=done, notes=notes)
+    words = f"run.resume={resume}: {folder} goes on from {checkpoint.name}"
+    return Place(folder, checkpoint, notes=(*_skipped(skipped), words))
 
 
 def _skipped(skipped: list[tuple[Path, str]]) -> tuple[str, ...]:
@@ -154,11 +161,17 @@ def _none_verifies(config: Config, folder: Path, skipped: list[tuple[Path, str]]
     )
 
 
-def _status(folder: Path) -> object:
+def _is_done(config: Config, folder: Path) -> bool:
+    """Whether a folder's result is the good end of this very config, with or without checkpoints.
+
+    It stays while a run goes on by name for longer, and says nothing of that one.
+    """
     try:
-        return read_result(folder).get("status")
+        result = read_result(folder)
     except ValueError:
-        return None
+        return False
+    changed = _changed(result["config"], config, fixed=(*FIXED, *BUDGET))
+    return result["status"] == "done" and not changed
 
 
 # --- which folder ---
@@ -169,10 +182,22 @@ def _parent_and_stem(config: Config) -> tuple[Path, str]:
     return Path("runs") / config.task_name, f"{config.model_name}-{norm}-seed{config.seed}"
 
 
+def _given_folder(config: Config) -> Path | None:
+    """run.dir, where there is one; no shell expands the ~ in run.dir=~/mine."""
+    return None if config.run.dir is None else Path(config.run.dir).expanduser()
+
+
+def _check_free(config: Config) -> None:
+    """Raise ConfigError unless a new run can have the folder."""
+    given = _given_folder(config)
+    run = replace(config.run, dir=None if given is None else str(given))
+    check_run_dir(replace(config, run=run))
+
+
 def _new_folder(config: Config) -> Path:
     """run.dir, or the next free runs/<task>/<model>-<norm>-seed<k>-<n>."""
-    if config.run.dir is not None:
-        return Path(config.run.dir).expanduser()
+    if (given := _given_folder(config)) is not None:
+        return given
     parent, stem = _parent_and_stem(config)
     return next(p for n in range(1, 10**9) if not (p := parent / f"{stem}-{n}").exists())
 
@@ -190,8 +215,8 @@ def _numbered(config: Config) -> Iterator[Path]:
 
 def _of_this_job(config: Config) -> Iterator[Path]:
     """Folders that this very job has trained in before it was started again."""
-    given = config.run.dir
-    folders = [Path(given).expanduser()] if given is not None else _numbered(config)
+    given = _given_folder(config)
+    folders = [given] if given is not None else _numbered(config)
     for folder in folders:
         held = _lock_content(folder)
         if held.get("job") is not None and held["job"] == job() and not _differs(config, folder):
@@ -201,13 +226,15 @@ def _of_this_job(config: Config) -> Iterator[Path]:
 def run_folder(path: Path) -> Path:
     """The run that a folder or one of its checkpoints belongs to."""
     if path.is_dir():
-        return path
-    if path.resolve().parent.name != "checkpoints":
-        raise ConfigError(
-            f"run.resume={path}: not in a run's checkpoints folder; give the run's folder, or "
-            f"start a new run with model.init_from={path}"
-        )
-    return path.parent.parent
+        inner = path.absolute().name == FOLDER and not (path / FOLDER).is_dir()
+        return path.absolute().parent if inner else path
+    for file in (path.absolute(), path.resolve()):  # a checkpoint, or a link to one
+        if file.parent.name == FOLDER:
+            return path.parent.parent if path.parent.name == FOLDER else file.parent.parent
+    raise ConfigError(
+        f"run.resume={path}: not in a run's checkpoints folder; give the run's folder, or "
+        f"start a new run with model.init_from={path}"
+    )
 
 
 # --- the same config ---
@@ -260,8 +287,8 @@ class Hold:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        if not _lock(self.file):
+        self.file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | NO_LINK, 0o644)
+        if not _lock(self.file, tries=10):  # who looks whether it is free holds it for a moment
             os.close(self.file)
             raise ConfigError(f"{folder}: another process took this folder just now; start again")
         content = {"pid": os.getpid(), "host": socket.gethostname(), "job": job()}
@@ -273,25 +300,28 @@ class Hold:
         os.close(self.file)
 
 
-def _lock(file: int) -> bool:
+def _lock(file: int, *, tries: int = 1) -> bool:
     """Whether the lock is this process's now; True where there are no such locks (Windows)."""
     try:
         import fcntl
     except ImportError:
         return True
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        return False
-    except OSError:  # a file system without locks
-        return True
-    return True
+    for left in reversed(range(tries)):
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            time.sleep(0.02 if left else 0.0)
+        except OSError:  # a file system without locks
+            return True
+        else:
+            return True
+    return False
 
 
 def locked_by(folder: Path) -> Mapping[str, Any] | None:
     """Who trains in a folder just now; None if nobody does."""
     try:
-        file = os.open(folder / LOCK, os.O_RDWR)
+        file = os.open(folder / LOCK, os.O_RDWR | NO_LINK)
     except OSError:
         return None
     try:
@@ -316,6 +346,19 @@ def _check_unlocked(folder: Path, *, key: str) -> None:
         )
 
 
+def _take(place: Place) -> Hold:
+    """The hold on a folder that is still as it was when it was chosen.
+
+    Building takes a while, in which another process may have come and gone.
+    """
+    hold, folder = Hold(place.folder), place.folder
+    begun = any((folder / FOLDER).glob("*.ckpt")) if place.again else holds_a_run(folder)
+    if place.checkpoint is None and begun:
+        hold.release()
+        raise FileExistsError
+    return hold
+
+
 def open_folder(config: Config, place: Place) -> Hold | None:
     """Take the folder, write its config.yaml, tell the processes that will be started."""
     if not is_main_process():
@@ -324,7 +367,7 @@ def open_folder(config: Config, place: Place) -> Hold | None:
     fresh = place.checkpoint is None and not place.again
     try:
         folder.mkdir(parents=True, exist_ok=not fresh or config.run.dir is not None)
-        hold = Hold(folder)
+        hold = _take(place)
         sweep_unfinished(folder)
         if place.again:
             for name in ("metrics.jsonl", "result.json"):

@@ -141,8 +141,7 @@ class NonFiniteGuard(Callback, Observer):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._settle()
-        for optimizer in trainer.optimizers:
-            vars(optimizer).pop("found_inf", None)
+        forget(trainer.optimizers)
 
     def on_window(self, module: SuiteModule, values: dict[str, float], units: float) -> None:
         finite = math.isfinite(values["train/loss"])
@@ -222,6 +221,7 @@ class Flag:
 def gate(optimizers: Iterable[Any], bad: Tensor) -> bool:
     """Let the device leave the next update out where `bad`; False if an optimizer cannot."""
     chosen = list(optimizers)
+    forget(chosen)
     if not all(getattr(o, "_step_supports_amp_scaling", False) for o in chosen):
         return False
     if any(lacks_momentum(o) for o in chosen):
@@ -229,6 +229,12 @@ def gate(optimizers: Iterable[Any], bad: Tensor) -> bool:
     for optimizer in chosen:
         optimizer.found_inf = bad.float()
     return True
+
+
+def forget(optimizers: Iterable[Any]) -> None:
+    """Take back what `gate` has told them: it was of one update."""
+    for optimizer in optimizers:
+        vars(optimizer).pop("found_inf", None)
 
 
 def lacks_momentum(optimizer: torch.optim.Optimizer) -> bool:
@@ -255,20 +261,22 @@ class Before:
     """What a forward pass of training changes besides gradients, as it was before the step.
 
     The buffers (running statistics), all of them, since a version counter does not tell which were
-    written to: torch's batch norm leaves its own alone. And the sums that will be logged, which a
-    NaN would spoil.
+    written to: torch's batch norm leaves its own alone. And the sums that will be logged, the
+    module's and those of its `carried`, which a NaN would spoil; none of them is changed in place.
     """
 
     def __init__(self) -> None:
         self.alike: list[Alike] | None = None
         self.sums: dict[str, Any] = {}
+        self.carried: dict[str, list[Tensor]] = {}
 
     @torch.no_grad()
     def take(self, module: SuiteModule) -> None:
         """Remember it."""
         self.sums = dict(module.window.values)
+        self.carried = {name: list(getattr(module, name)) for name in module.carried}
         if self.alike is None:
-            found = list(module.model.buffers())
+            found = [b for b in module.model.buffers() if writable(b)]
             kinds = {(b.dtype, b.device) for b in found}
             self.alike = [Alike([b for b in found if (b.dtype, b.device) == k]) for k in kinds]
         for buffers in self.alike:
@@ -282,6 +290,9 @@ class Before:
         else:
             for name, value in module.window.values.items():
                 module.window.values[name] = torch.where(where, self.sums.get(name, 0), value)
+        for name, then in self.carried.items():
+            now = then if where is None else chosen(where, then, getattr(module, name))
+            setattr(module, name, list(now))
         for buffers in self.alike or []:
             if where is None:
                 torch._foreach_copy_(buffers.held, buffers.then_parts)
@@ -289,6 +300,18 @@ class Before:
             torch._foreach_copy_(buffers.now_parts, buffers.held)
             torch.where(where, buffers.then, buffers.now, out=buffers.now)
             torch._foreach_copy_(buffers.held, buffers.now_parts)
+
+
+def chosen(where: Tensor, then: list[Tensor], now: list[Tensor]) -> list[Tensor]:
+    """`then` where that is true, else `now`. An empty list stands for zeros."""
+    before = then or [torch.zeros_like(value) for value in now]
+    return [torch.where(where, a.to(b.device), b) for a, b in zip(before, now, strict=True)]
+
+
+def writable(buffer: Tensor) -> bool:
+    """Whether each of its values has a place of its own: others are never written to."""
+    sizes = zip(buffer.shape, buffer.stride(), strict=True)
+    return all(stride or size < 2 for size, stride in sizes)
 
 
 class Alike:
@@ -310,7 +333,7 @@ class Alike:
 
 @torch.no_grad()
 def nonfinite(tensors: dict[str, Tensor]) -> list[str]:
-    """The names of those that hold a NaN or an infinity, with one reading and no copies.
+    """The names of those that hold a NaN or an infinity, with one reading a device and no copies.
 
     A sum is never finite over such a value; one that overflowed is looked at again.
     """
@@ -318,6 +341,9 @@ def nonfinite(tensors: dict[str, Tensor]) -> list[str]:
     floats = {n: t for n, t in floats.items() if t.numel() and not t.is_meta}
     if not floats:
         return []
-    sums = torch.stack([t.sum().abs().double() for t in floats.values()])
-    suspects = [n for n, ok in zip(floats, sums.isfinite().tolist(), strict=True) if not ok]
-    return [n for n in suspects if not floats[n].isfinite().all()]
+    suspects = set[str]()
+    for device in {t.device for t in floats.values()}:  # AdamW's counters may be on the CPU
+        here = {n: t for n, t in floats.items() if t.device == device}
+        sums = torch.stack([~t.sum().isfinite() for t in here.values()])
+        suspects |= {n for n, bad in zip(here, sums.tolist(), strict=True) if bad}
+    return [n for n in floats if n in suspects and not floats[n].isfinite().all()]
