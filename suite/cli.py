@@ -211,7 +211,7 @@ examples
   torchrun --nproc_per_node=2 -m suite.train trainer.accelerator=cpu
   python -m suite.sweep norm=layernorm,dyt seed=0,1,2
 
-exit codes: 0 done, 1 error while running, 2 config, 3 diverged, 130 interrupted"""
+exit codes: 0 done, 1 error while running, 2 config, 3 diverged, 130 interrupted, 143 preempted"""
 
 
 def list_text(tables: Mapping[str, Mapping[str, str]], *, task: str) -> str:

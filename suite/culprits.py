@@ -11,19 +11,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from suite.data import AddressedDataset, SuiteDataModule
+from suite.errors import one_line
 from suite.module import Batch, SuiteModule
 from suite.norms import norm_modules
 from suite.randomness import derive
 from suite.ranks import from_first, world_size
 from suite.saving import newest
 
+T = TypeVar("T")
 OF_ALL = "the loss"
 ADVICE = "Lower optim.lr, set trainer.gradient_clip_val=1, or look at these samples"
 
@@ -105,7 +107,12 @@ def samples(finding: Finding) -> str:
     return f"samples {', '.join(map(str, ids[:8]))}" + ", ..." * (len(ids) > 8)
 
 
-def gathered(mine: Finding) -> list[Finding]:
+def trouble(error: Exception) -> str:
+    """An error as one line."""
+    return one_line(f"{type(error).__name__}: {error}", limit=300)
+
+
+def gathered(mine: T) -> list[T]:
     """Those of all processes, in order of rank."""
     if world_size() == 1:
         return [mine]
@@ -125,10 +132,16 @@ def investigate(module: SuiteModule, suspect: Suspect, *, gradients: bool) -> Fi
     seen: list[int] = []
     with undisturbed(module):
         for position in suspect.positions:
+            batch = suspect.last if position == suspect.positions[-1] else None
             try:
-                batch = suspect.last if position == suspect.positions[-1] else None
                 batch = rebuilt(module, position) if batch is None else batch
-                seen += batch["sample_id"].tolist()
+            except Exception as error:
+                finding.trouble = trouble(error)
+            if any(gathered(finding.trouble)):
+                break  # in all: a step may have collectives, in which the others would wait
+            assert batch is not None
+            seen += batch["sample_id"].tolist()
+            try:
                 if finding.sites or finding.gradients:
                     with torch.no_grad():
                         module.step(batch, "train")  # the other processes may wait for it
@@ -136,7 +149,7 @@ def investigate(module: SuiteModule, suspect: Suspect, *, gradients: bool) -> Fi
                 seed_as_in_training(module, position)
                 found = bad_gradients(module, batch) if gradients else locate(module, batch)
             except Exception as error:  # what follows is about the first problem, not this one
-                finding.trouble = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                finding.trouble = trouble(error)
                 break
             if found:
                 finding.samples = suspicious(batch)

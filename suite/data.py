@@ -169,8 +169,10 @@ class SuiteDataModule(L.LightningDataModule):
             evaluating = trainer is not None and (trainer.validating or trainer.sanity_checking)
             testing = trainer is not None and trainer.testing
             split: Split = "val" if evaluating else "test" if testing else "train"
-            self.unreadable[split].update(batch["sample_id"][bad].tolist())
-            self.check_share(split)
+            ids, known = batch["sample_id"][bad].tolist(), self.unreadable[split]
+            if not known.issuperset(ids):  # in later epochs they are the same ones
+                known.update(ids)
+                self.check_share(split)
         return batch
 
     def gather_unreadable(self) -> None:
@@ -189,9 +191,18 @@ class SuiteDataModule(L.LightningDataModule):
 
     def check_share(self, split: Split) -> None:
         """Raise DataError if too much of a split is known to be unreadable."""
-        part, found = getattr(self.splits, split), self.unreadable_files().get(split)
-        if found and (why := too_many(found["count"], found["of"], limit=part.skip_limit)):
-            raise DataError(f"{split}: {why}, such as {shown(found['files'][0])}")
+        part = getattr(self.splits, split)
+        count, total = self._share(split)
+        if count and (why := too_many(count, total, limit=part.skip_limit)):
+            first = self.unreadable_files()[split]["files"][0]
+            raise DataError(f"{split}: {why}, such as {shown(first)}")
+
+    def _share(self, split: Split) -> tuple[int, int]:
+        """How many of a split this process knows to be unreadable, of how many."""
+        part = getattr(self.splits, split)
+        before = len(getattr(part, "left_out", ()))
+        total = getattr(part, "listed", before + len(part))
+        return before + len(self.unreadable[split]), total
 
     def unreadable_files(self) -> dict[str, dict[str, Any]]:
         """By split, how many files this process knows to be unreadable, of how many, and the first
@@ -205,9 +216,10 @@ class SuiteDataModule(L.LightningDataModule):
                 names = before[:10] + [
                     part.path_of(i) for i in sorted(ids)[: 10 - len(before[:10])]
                 ]
+                count, total = self._share(split)
                 found[str(split)] = {
-                    "count": len(before) + len(ids),
-                    "of": getattr(part, "listed", len(before) + len(part)),
+                    "count": count,
+                    "of": total,
                     "files": [str(name) for name in names],
                 }
         return found

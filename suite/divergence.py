@@ -64,7 +64,11 @@ class DivergenceWatch(Callback, Observer):
             self.warn(f"step {step}: {text}")
 
     def _climb(self, loss: float) -> str | None:
-        """What is wrong with the level of the loss, if anything."""
+        """What is wrong with the level of the loss, if anything.
+
+        Noise judges a loss that has fallen: of one that never did, the best is the first window,
+        which is a single step's and by chance as low as it is.
+        """
         if self.first is None or self.best is None:
             self.first = self.best = loss
         if self.recent:
@@ -80,7 +84,8 @@ class DivergenceWatch(Callback, Observer):
         fallen = max(0.0, self.first - self.best)
         limit = self.best + max(NOISE * self.noise, SHARE * fallen)
         above = self.first + (ABOVE_START - 1) * abs(self.first)
-        if level > max(above, limit) or (len(self.jumps) >= FEWEST and level > limit):
+        judged = len(self.jumps) >= FEWEST and self.noise > 0
+        if level > max(above, limit) or (judged and level > limit):
             return (
                 f"train/loss is {level:.4g}, was {self.best:.4g} at its best and {self.first:.4g} "
                 "at first: training diverges. Lower optim.lr, lengthen its warm-up, or set "

@@ -66,6 +66,15 @@ def choose_place(config: Config) -> Place:
     if os.environ.get(PARENT_VARIABLE) == str(os.getppid()) and not is_main_process():
         checkpoint = os.environ[CHECKPOINT_VARIABLE]
         return Place(Path(os.environ[FOLDER_VARIABLE]), Path(checkpoint) if checkpoint else None)
+    try:
+        return _chosen(config)
+    except PermissionError as error:
+        raise ConfigError(
+            f"{error.filename}: closed to you ({error.strerror}); choose another run.dir"
+        ) from None
+
+
+def _chosen(config: Config) -> Place:
     resume = config.run.resume
     if resume == "auto":
         return _automatic(config)

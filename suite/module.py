@@ -281,10 +281,10 @@ class SuiteModule(L.LightningModule):
         """Log the steps since the last window, with one transfer from the device."""
         self._logged_step = step
         totals = self.window.totals(self.device)
-        if not totals:
-            return
         for name in self.epoch_totals:
-            self.epoch_totals[name] += totals[name]
+            self.epoch_totals[name] += totals.get(name, 0.0)
+        if not totals.get("_count"):
+            return  # nothing since then, or every step was left out, or no row could be read
         values = {f"train/{k}": v for k, v in means(totals).items()}
         if self._grad_norm is not None:
             values["grad_norm"] = float(self._grad_norm)

@@ -203,6 +203,7 @@ def follow(record: Record, resume: Path | None, children: Children) -> None:
         record.write("failed", str(error))
         raise
     except Stopped as error:
+        children.signals.held = True  # another one must cost neither the record nor the requeue
         record.write("interrupted", str(error))
         if error.requeue and is_main_process() and (said := requeue()):
             say(said)

@@ -38,14 +38,15 @@ class Signals:
     While `held`, a signal is only noted, for whoever polls `number`; else it raises Stopped where
     the process stands. Ctrl-C a second time raises in either case. Python runs a handler between
     two of its own instructions, so that a process that waits for another one in C++ does not hear:
-    outside `held` a thread then calls `unheard` and ends the process, UNHEARD_SECONDS later.
+    outside `held`, and of a second Ctrl-C within it too, a thread then calls `unheard` and ends the
+    process, UNHEARD_SECONDS later.
     """
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.held = False
         self.unheard: Callable[[Stopped], Any] = lambda stopped: None
-        self._first = 0.0
+        self._first = self._last = 0.0
         self._heard = threading.Event()
         self._before: dict[int, Any] = {}
         self._ends: tuple[socket.socket, socket.socket] | None = None
@@ -80,7 +81,7 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._heard.set()
-        now = time.monotonic()
+        now = self._last = time.monotonic()
         if self.number is None:
             self.number, self._first = number, now
             if self.held:
@@ -92,12 +93,20 @@ class Signals:
 
     def _listen(self, end: socket.socket) -> None:
         """The bytes that the interpreter's own handler writes, at once, wherever Python stands."""
+        first = 0.0
         with end:
             while received := end.recv(16):
                 number = next((n for n in received if n in ENDING), None)
                 if number is None:
                     continue
-                if not (self._heard.wait(UNHEARD_SECONDS) or self.held):
+                now = time.monotonic()
+                first = first or now
+                if number == signal.SIGINT and now - first > AGAIN_SECONDS:
+                    time.sleep(UNHEARD_SECONDS)
+                    heard = self._last > now - AGAIN_SECONDS / 2
+                else:
+                    heard = self._heard.wait(UNHEARD_SECONDS) or self.held
+                if not heard:
                     stopped = Stopped(number)
                     self.unheard(stopped)
                     print(f"error: {stopped}", file=sys.stderr, flush=True)

@@ -59,12 +59,14 @@ class StopTogether(Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """What follows needs no agreement: the last checkpoint is written."""
-        self.signals.held = False
         if self.signals.number is not None:
             raise Stopped(self.signals.number, self.path)
+        self.signals.held = False
+        self.signals.check()
 
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
-        self.signals.held = False
+        """A second signal, of a launcher or at the end of a warning, must not cut the end short."""
+        self.signals.held = isinstance(exception, Stopped)
 
     def _noted(self, flags: Tensor | None) -> list[float]:
         """The signals of all processes, of the step before on a GPU."""

@@ -45,14 +45,17 @@ def evaluate(config: Config, signals: Signals) -> int:
     given: Any = {"options": config.model, "meaning": meaning, "later": later}
     for note in read_weights(model, file, norm=norm, key="evaluate", **given):
         say(f"note: {note}")
-    trainer = build_trainer(config, processes=processes, callbacks=[], folder=None)
-    check_model(parts, trainer)
-    introduce(parts, trainer, None)
     split = config.run.eval_split
-    measure = trainer.validate if split == "val" else trainer.test
-    with Children(trainer, signals):
-        measure(parts.module, datamodule=parts.data, verbose=False)
-        tell_unreadable(parts)
+    # in a job of SLURM's Lightning loads an hpc_ckpt_<n>.ckpt from its folder, the current one
+    with tempfile.TemporaryDirectory(prefix="suite-evaluate-") as empty:
+        given = {"callbacks": [], "folder": None, "default_root_dir": empty}
+        trainer = build_trainer(config, processes=processes, **given)
+        check_model(parts, trainer)
+        introduce(parts, trainer, None)
+        measure = trainer.validate if split == "val" else trainer.test
+        with Children(trainer, signals):
+            measure(parts.module, datamodule=parts.data, verbose=False)
+            tell_unreadable(parts)
     if is_main_process():
         unreadable = parts.data.unreadable_files()
         head = {"checkpoint": str(file), "split": split, "unreadable": unreadable}

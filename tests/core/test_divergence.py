@@ -62,6 +62,12 @@ def test_a_spike_of_one_window_and_a_nan_are_not_a_level() -> None:
     assert watch([*NORMAL, 40.0, 0.66, float("nan"), 0.67, 0.65, float("inf"), 0.66])[1] == []
 
 
+def test_a_first_step_that_was_easy_by_chance_is_no_best_to_climb_from() -> None:
+    """As in a warm-up that is long: the loss stands still above its first window."""
+    assert watch([2.30, *noisy(2.33, 0.01, 200)])[1] == []
+    assert len(watch([2.30, *noisy(2.33, 0.01, 20), *noisy(9.0, 0.1, 5)])[1]) == 1
+
+
 def test_a_loss_that_has_climbed_back_is_said_and_again_after_it_recovered() -> None:
     """Half of what it had fallen by, which is far above the noise."""
     back = noisy(1.8, 0.05, 5)

@@ -106,6 +106,37 @@ def test_a_skipped_step_leaves_everything_bit_equal_to_one_that_was_left_out(
 
 
 @pytest.mark.parametrize("guard", [NonFiniteGuard, Late])
+def test_what_a_task_sums_itself_is_not_spoiled_by_a_bad_step(guard: Any) -> None:
+    """Such as the counts of codes, which are logged at a window's end."""
+
+    def run_of(values: dict[int, float]) -> list[Tensor]:
+        run = Run("optim.fused=true", "trainer.log_every_n_steps=100", guard=guard("skip"))
+        module: Any = run.parts.module
+        module.carried, module.counts = ("counts",), []
+        step, ends = module.step, list[Tensor]()
+
+        def counting(batch: Any, split: Any) -> Any:
+            out = step(batch, split)
+            if split == "train":
+                seen = batch["image"].sum(dtype=torch.float64)
+                module.counts = [seen + sum(module.counts)]
+            return out
+
+        def window() -> dict[str, float]:
+            ends.extend(module.counts)
+            return {}
+
+        module.step, module.window_metrics = counting, window
+        run.damage(values).fit()
+        return ends
+
+    bad = {Run().at(p)[0]: NAN for p in (0, 3)}
+    found, everything = run_of(bad), run_of({})
+    assert all(total.isfinite() for total in found)
+    assert found[-1] != everything[-1]  # two steps less
+
+
+@pytest.mark.parametrize("guard", [NonFiniteGuard, Late])
 @pytest.mark.parametrize("wrong", [loss_only, one_gradient])
 def test_a_loss_or_one_gradient_is_enough(
     guard: Any, wrong: Any, capsys: pytest.CaptureFixture[str]
@@ -271,6 +302,31 @@ def test_an_optimizer_that_cannot_be_gated_is_not() -> None:
     assert not gate([sgd], bad)  # its momentum would be what was in memory
     sgd.step()
     assert gate([sgd], bad)
+    sgd.add_param_group({"params": [other := torch.nn.Parameter(torch.ones(3))]})
+    other.grad = torch.ones(3)
+    assert not gate([sgd], bad)
+    assert not hasattr(sgd, "found_inf")  # of the update before: it would leave this one out too
+
+
+def test_a_broken_batch_without_a_message_is_trouble_and_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = Run().fit()
+
+    def gone(module: Any, position: int) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr("suite.culprits.rebuilt", gone)
+    text = blame(run.parts.module, Suspect(4, 0, range(3, 4)))
+    assert "step 4, epoch 0: its batches cannot be repeated (AssertionError:)" in text
+
+
+def test_a_skipped_step_does_not_read_the_whole_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which may have a hundred GB: only the line that ends a run names it."""
+    monkeypatch.setattr("suite.culprits.newest", lambda folder: 1 / 0)
+    run = Run("run.save_every_n_steps=1", guard=NonFiniteGuard("skip"))
+    run.damage({run.at(4)[0]: NAN}).fit()
+    assert run.guard.skipped == 1
 
 
 def test_mixed_float16_stops_where_every_step_is_skipped() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from processes import assert_nothing_is_left, end, result, started
 
-TIMEOUT = 80
+TIMEOUT = 180
 BASE = [
     "data.batch_size=32",
     "trainer.limit_train_batches=4",
