@@ -84,6 +84,13 @@ class Children:
             time.sleep(0.05)
         return _listed(bad)
 
+    def stopped_by(self) -> int | None:
+        """The signal that ended the other ranks that have ended, if it was one that ends a run."""
+        codes = list(self._bad().values())
+        if not codes or not all(code in STOPPED for code in codes):
+            return None
+        return signal.SIGINT if codes[0] in (130, -signal.SIGINT) else signal.SIGTERM
+
     def _bad(self) -> dict[int, int]:
         codes = {rank: process.poll() for rank, process in enumerate(self.processes, 1)}
         return {rank: code for rank, code in codes.items() if code}

@@ -67,7 +67,7 @@ class Stopped(BaseException):
         what = "interrupted" if self.number == signal.SIGINT else "preempted"
         name = signal.Signals(self.number).name
         if self.saved is None:
-            return f"{what} by {name}; no checkpoint was written"
+            return f"{what} by {name} at once; no new checkpoint"
         return f"{what} by {name}; saved {shown(self.saved)}"
 
 

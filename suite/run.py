@@ -36,7 +36,7 @@ from suite.config import (
 )
 from suite.data import lost_worker
 from suite.decision import decided
-from suite.errors import ConfigError, DataError, DivergedError, Stopped
+from suite.errors import ConfigError, DataError, DivergedError, RankError, Stopped
 from suite.folder import Hold, Place, check_data, choose_place, open_folder
 from suite.metrics import (
     SCHEMA,
@@ -212,12 +212,23 @@ def follow(record: Record, resume: Path | None, children: Children) -> None:
         record.write("interrupted", "interrupted by the user")
         raise KeyboardInterrupt from error
     except BaseException as error:
-        timeout = record.config.run.dist_timeout
-        known = lost_worker(error) or lost_rank(error, timeout=timeout, known=children.ended)
-        record.write("failed", str(known or f"{type(error).__name__}: {error}"))
+        known = understood(error, children, timeout=record.config.run.dist_timeout)
+        status = "interrupted" if isinstance(known, Stopped) else "failed"
+        record.write(status, str(known or f"{type(error).__name__}: {error}"))
         if known is not None:
             raise known from None
         raise
+
+
+def understood(
+    error: BaseException, children: Children, *, timeout: int
+) -> DataError | RankError | Stopped | None:
+    """The error in words, where another process is what is behind it."""
+    lost = lost_rank(error, timeout=timeout, known=children.ended)
+    number = children.stopped_by()
+    if lost is not None and number is not None:
+        return Stopped(number)  # it alone was sent a signal, where nothing is agreed on
+    return lost or lost_worker(error)
 
 
 def tell_unreadable(parts: Parts) -> None:
