@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -43,6 +45,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.location[0]))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _as_from_a_terminal() -> Iterator[None]:
+    """A shell that starts tests in the background has Ctrl-C ignored, in all that they start too."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield
+        signal.signal(signal.SIGINT, before)
+    else:
+        yield
 
 
 @pytest.fixture(autouse=True)
