@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _as_from_a_terminal() -> Iterator[None]:
-    """A shell that starts tests in the background has Ctrl-C ignored, in all that they start too."""
+    """Where a shell starts tests in the background, Ctrl-C is ignored in all that they start."""
     before = signal.getsignal(signal.SIGINT)
     if before == signal.SIG_IGN and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
