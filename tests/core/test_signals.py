@@ -123,8 +123,9 @@ with suite.signals.Signals() as signals:
     signals.unheard = lambda stopped: print("told", flush=True)
     signals.held = sys.argv[1] == "held"
     signal.pthread_sigmask(signal.SIG_BLOCK, suite.signals.ENDING)  # the listener's thread has them
+    sleep = ctypes.CDLL(None).sleep
     print("ready", flush=True)
-    ctypes.CDLL(None).sleep(40)
+    sleep(40)
     print("heard nothing", flush=True)
 """
 
@@ -136,8 +137,8 @@ def test_a_process_that_hangs_outside_python_is_ended_all_the_same(
 ) -> None:
     with child(DEAF, held) as process:
         for number in numbers:
+            time.sleep(1.2)  # it is out of Python by then; and a second Ctrl-C comes later
             process.send_signal(number)
-            time.sleep(0.4)
         output = process.communicate(timeout=20)[0]
     assert process.returncode == (143 if numbers == [TERM] else 130), output
     assert output.splitlines()[0] == "told"
