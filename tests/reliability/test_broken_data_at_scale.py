@@ -107,22 +107,20 @@ def test_a_file_that_goes_while_training_is_one_more_that_is_left_out(photos: Pa
 
 @pytest.mark.timeout(2 * TIMEOUT)
 def test_a_picture_that_cannot_be_decoded_ends_two_processes_with_its_name(photos: Path) -> None:
-    """One that its header does not show is found by training; the others before a run begins."""
+    """Whether its header shows it, which is found before a run begins, or not."""
     code, output = train(photos, *PHOTOS, "run.dir=refused", "trainer.devices=2")
     (line,) = errors(output)
     assert (code, "/photos/train/" in line) == (1, True), output
     assert not (photos / "refused").exists()
     write_tree(photos / "later", train=20, val=10)
     PICTURES["cut to half"][0](photos / "later" / "train" / "bag" / "5.jpg")
-    # a norm that reads no batch to begin with, as calibration does
-    later = (*PHOTOS, "norm=layernorm", "data.root=later", "run.dir=run", "trainer.devices=2")
+    later = (*PHOTOS, "data.root=later", "run.dir=run", "trainer.devices=2")
     code, output = train(photos, *later)
     assert code == 1, output
     assert any(
         "/later/train/bag/5.jpg" in line and "on_error=skip" in line for line in errors(output)
     )
     assert "Traceback" not in output
-    assert result(photos, "run")["status"] == "failed"
 
 
 @pytest.fixture
