@@ -77,7 +77,9 @@ def until(true: Callable[[], Any], *, seconds: float = 60.0, what: str = "") -> 
 def in_session(process: subprocess.Popen[str]) -> dict[int, str]:
     """pid -> command of what is alive in a process's session."""
     listed = subprocess.run(
-        ["ps", "-ww", "-o", "pid=,stat=,args=", "-s", str(process.pid)], capture_output=True, text=True
+        ["ps", "-ww", "-o", "pid=,stat=,args=", "-s", str(process.pid)],
+        capture_output=True,
+        text=True,
     )
     rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
     return {int(pid): args for pid, stat, args in rows if not stat.startswith("Z")}
