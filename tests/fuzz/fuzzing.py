@@ -39,7 +39,7 @@ GIB = 2**30
 LINE = 700  # characters that an error may have beyond the temporary folder's own name
 HIDDEN = ("Cc", "Cs", "Cf", "Zl", "Zp")  # Unicode's categories that a terminal may obey
 ASIDE = (  # lines that may stand beside an error
-    *("note: ", "warning: "),
+    *("note: ", "warning: ", "written to "),
     *(
         "Note: ",
         "[src/libmpg123/",
